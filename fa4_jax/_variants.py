@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table: every kernel this project builds, and what each one takes and returns.
+
+This module is the only home of these facts. The build (`kernels/build.py`) compiles `VARIANTS`, the
+generated C++ registry checks and launches what `SIGNATURES` says, the JAX lowering derives result and
+workspace shapes from `SIGNATURES`, the tests enumerate `VARIANTS`, and the README's support table is
+printed from it. It imports nothing but the standard library, so the build can read it without JAX.
+
+Dimensions are named by one letter everywhere:
+
+    B  batch            T  query length       S  key/value length
+    N  query heads      K  key/value heads    (N % K == 0)
+    D  head dim of q/k  V  head dim of v/out
+    R  T rounded up to `ROW_MULTIPLE`         E  D rounded up to `HEAD_DIM_MULTIPLE`
+
+R and E lay out the workspaces. They don't depend on an architecture's tiles, because the
+architecture is chosen at run time, in C++, after XLA has allocated every buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+
+ROW_MULTIPLE = 128
+HEAD_DIM_MULTIPLE = 32
+
+# A kernel's shapes and band bounds are int32; strides are int64.
+MAX_DIMENSION = 2**31 - 1
+
+# Version of the FFI targets: bump it when a signature changes, so that an exported program never
+# meets a handler that reads its operands differently.
+TARGET_VERSION = 1
+
+
+class Kernel(enum.StrEnum):
+    """One launch. A training step is forward, backward_preprocess, backward, backward_postprocess."""
+
+    forward = enum.auto()
+    backward_preprocess = enum.auto()
+    backward = enum.auto()
+    backward_postprocess = enum.auto()
+
+
+class Arch(enum.StrEnum):
+    """CUDA target. The trailing 'a' (arch-specific) code runs on exactly one compute capability."""
+
+    sm90a = enum.auto()
+    sm100a = enum.auto()
+
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """(major, minor) of the only devices that can run this target's binaries."""
+        return {Arch.sm90a: (9, 0), Arch.sm100a: (10, 0)}[self]
+
+    @property
+    def cuda_target(self) -> str:
+        """The name compilers use, e.g. `sm_90a`."""
+        return self.value.replace("sm", "sm_")
+
+
+class DType(enum.StrEnum):
+    """Element types of kernel buffers. `io` types are the user's; workspaces are f32."""
+
+    bf16 = enum.auto()
+    f16 = enum.auto()
+    f32 = enum.auto()
+
+    @property
+    def numpy_name(self) -> str:
+        """The name NumPy (with ml_dtypes) and JAX give it."""
+        return {DType.bf16: "bfloat16", DType.f16: "float16", DType.f32: "float32"}[self]
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """One tensor of a kernel: row-major, dimensions named by letter.
+
+    `dtype` None means the variant's own 16-bit type.
+    """
+
+    name: str
+    dims: str
+    dtype: DType | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """One run-time scalar, passed as an FFI attribute of this name. `kind` is "f32" or "i32"."""
+
+    name: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Ordered operands, results and scalars of a kernel; this order is the C ABI.
+
+    A name that is both an operand and a result is one buffer, updated in place.
+    """
+
+    operands: tuple[Buffer, ...]
+    results: tuple[Buffer, ...]
+    scalars: tuple[Scalar, ...] = ()
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """Operand index to result index of the buffers updated in place."""
+        results = {buffer.name: i for i, buffer in enumerate(self.results)}
+        return {i: results[b.name] for i, b in enumerate(self.operands) if b.name in results}
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """Every distinct buffer: operands, then results that aren't operands too."""
+        names = {buffer.name for buffer in self.operands}
+        return (*self.operands, *(b for b in self.results if b.name not in names))
+
+
+_Q = Buffer("q", "BTND")
+_K = Buffer("k", "BSKD")
+_V = Buffer("v", "BSKV")
+_OUT = Buffer("out", "BTNV")
+_DOUT = Buffer("dout", "BTNV")
+_LSE = Buffer("lse", "BNT", DType.f32)
+_LSE_LOG2 = Buffer("lse_log2", "BNR", DType.f32)
+_DPSUM = Buffer("dpsum", "BNR", DType.f32)
+_DQ_ACCUM = Buffer("dq_accum", "BNRE", DType.f32)
+# > 0 and finite; the Python layer folds a zero or negative scale into q.
+_SCALE = Scalar("softmax_scale", "f32")
+# Query i sees keys j with i + band_lower <= j <= i + band_upper, both clamped to [-T, S].
+_BAND = (Scalar("band_lower", "i32"), Scalar("band_upper", "i32"))
+
+SIGNATURES: Mapping[Kernel, Signature] = {
+    # out = softmax(softmax_scale q k^T + band) v; lse is the natural logarithm of the row sums,
+    # -inf for a row that sees no key (whose out is 0).
+    Kernel.forward: Signature((_Q, _K, _V), (_OUT, _LSE), (_SCALE, *_BAND)),
+    # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in padding
+    # rows and for rows that see no key, so that their probabilities are 0; dq_accum = 0.
+    Kernel.backward_preprocess: Signature(
+        (_OUT, _DOUT, _LSE, Buffer("dlse", "BNT", DType.f32)), (_DPSUM, _LSE_LOG2, _DQ_ACCUM)
+    ),
+    # dk and dv complete; dq_accum += dS k, still without softmax_scale.
+    Kernel.backward: Signature(
+        (_Q, _K, _V, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM),
+        (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
+        (_SCALE, *_BAND),
+    ),
+    # dq = softmax_scale * dq_accum, without the padding.
+    Kernel.backward_postprocess: Signature((_DQ_ACCUM,), (Buffer("dq", "BTND"),), (_SCALE,)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Tuning of one variant: nothing here changes a result by more than rounding."""
+
+    tile_m: int
+    """Query rows per tile."""
+    tile_n: int = 0
+    """Key/value rows per tile."""
+    stages: int = 0
+    """Depth of the shared-memory ring of the operand that the main loop streams."""
+    mma_warpgroups: int = 0
+    """Consumer warpgroups; one more loads."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One compiled kernel: what it computes (kernel, dtype, head dims), for which chip, and its tiles."""
+
+    kernel: Kernel
+    arch: Arch
+    dtype: DType
+    head_dim: int
+    head_dim_v: int
+    tiles: Tiles
+
+    @property
+    def key(self) -> str:
+        """The architecture-free name that a lowered program carries, e.g. `forward_bf16_d128`."""
+        return kernel_key(self.kernel, self.dtype, self.head_dim, self.head_dim_v)
+
+    @property
+    def name(self) -> str:
+        """Object file, C prefix, registry entry and test id, e.g. `fa4_forward_sm90a_bf16_d128`."""
+        return f"fa4_{self.key.replace(self.kernel, f'{self.kernel}_{self.arch}', 1)}"
+
+    @property
+    def signature(self) -> Signature:
+        """What this kernel takes and returns."""
+        return SIGNATURES[self.kernel]
+
+    @property
+    def static_dims(self) -> dict[str, int]:
+        """Dimensions fixed at compile time, by letter."""
+        return {
+            "D": self.head_dim,
+            "V": self.head_dim_v,
+            "E": round_up(self.head_dim, HEAD_DIM_MULTIPLE),
+        }
+
+
+def kernel_key(kernel: Kernel, dtype: DType, head_dim: int, head_dim_v: int) -> str:
+    """The architecture-free name of a kernel; see `Variant.key`."""
+    dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}_{head_dim_v}"
+    return f"{kernel}_{dtype}_{dims}"
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is >= value."""
+    return -(-value // multiple) * multiple
+
+
+def grid(
+    kernel: Kernel, arch: Arch, tiles: Mapping[int, Tiles], dtypes: Iterable[DType] = (DType.bf16, DType.f16)
+) -> Iterator[Variant]:
+    """Rows for every dtype and head dim of `tiles` (head dim -> tiles)."""
+    for dtype in dtypes:
+        for head_dim, tile in tiles.items():
+            yield Variant(
+                kernel=kernel, arch=arch, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, tiles=tile
+            )
+
+
+VARIANTS: tuple[Variant, ...] = (
+    *grid(
+        Kernel.forward,
+        Arch.sm90a,
+        {
+            64: Tiles(tile_m=192, tile_n=128, stages=2, mma_warpgroups=3),
+            128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+        },
+    ),
+    *grid(Kernel.backward_preprocess, Arch.sm90a, {64: Tiles(tile_m=128), 128: Tiles(tile_m=128)}),
+    *grid(
+        Kernel.backward,
+        Arch.sm90a,
+        {
+            64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+            128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
+        },
+    ),
+    *grid(Kernel.backward_postprocess, Arch.sm90a, {64: Tiles(tile_m=128), 128: Tiles(tile_m=128)}),
+)
+
+
+def target_name(kernel: Kernel) -> str:
+    """The XLA FFI target that launches `kernel`: one name each, so that profiles are readable."""
+    return f"fa4_jax_{kernel}_v{TARGET_VERSION}"
+
+
+def built_head_dims(kernel: Kernel, dtype: DType) -> tuple[tuple[int, int], ...]:
+    """Sorted (head_dim, head_dim_v) pairs that some architecture's row of `kernel` and `dtype` has."""
+    return tuple(
+        sorted({(v.head_dim, v.head_dim_v) for v in VARIANTS if v.kernel == kernel and v.dtype == dtype})
+    )
