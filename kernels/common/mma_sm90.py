@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hopper warpgroup MMA: issuing a group, and the register views of its accumulators.
+
+Value (c, r, v) of an m64nN fp32 accumulator held by thread t of the warpgroup (PTX ISA 9.7.15.5.1,
+"Register fragments for wgmma.mma_async", matrix D):
+
+    row    = 16 * (t // 32) + 8 * r + (t % 32) // 4
+    column = 8 * v + 2 * (t % 4) + c
+
+so a row lives in four adjacent lanes.
+"""
+
+import cutlass
+from cutlass import cute
+from cutlass.cute.nvgpu import warpgroup
+
+LANES_PER_ROW = 4
+
+
+@cute.jit
+def issue_gemm(
+    tiled_mma: cute.TiledMma,
+    acc: cute.Tensor,
+    a: cute.Tensor,
+    b: cute.Tensor,
+    zero: cutlass.Constexpr,
+):
+    """Issue acc (+)= a b as one committed WGMMA group; the caller waits for it.
+
+    The atom is local: setting ACCUMULATE on the caller's inside a loop would leak an SSA value out of it.
+    """
+    atom = cute.make_mma_atom(tiled_mma.op)
+    atom.set(warpgroup.Field.ACCUMULATE, not zero)
+    warpgroup.fence()
+    for k in cutlass.range_constexpr(cute.size(a.shape[2])):
+        cute.gemm(atom, acc, a[None, None, k], b[None, None, k], acc)
+        atom.set(warpgroup.Field.ACCUMULATE, True)
+    warpgroup.commit_group()
+
+
+def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
+    """View an accumulator-shaped tensor ((2, 2, V), M, N) as (rows of this thread, columns of this thread)."""
+    shape, stride = acc.layout.shape, acc.layout.stride
+    return cute.make_tensor(
+        acc.iterator,
+        cute.make_layout(
+            ((shape[0][1], shape[1]), (shape[0][0], shape[0][2], shape[2])),
+            stride=((stride[0][1], stride[1]), (stride[0][0], stride[0][2], stride[2])),
+        ),
+    )
+
+
+def as_a_operand(acc: cute.Tensor) -> cute.Tensor:
+    """View a 16-bit accumulator-shaped tensor ((2, 2, V), M, N) as the register A operand ((2, 2, 2), M, (V/2, N)).
+
+    The accumulator's layout is the A fragment's, two 8-column groups per k16 step: no data moves.
+    """
+    shape, stride = acc.layout.shape, acc.layout.stride
+    return cute.make_tensor(
+        acc.iterator,
+        cute.make_layout(
+            ((shape[0][0], shape[0][1], 2), shape[1], (shape[0][2] // 2, shape[2])),
+            stride=(
+                (stride[0][0], stride[0][1], stride[0][2]),
+                stride[1],
+                (2 * stride[0][2], stride[2]),
+            ),
+        ),
+    )
+
+
+def to_16_bit(acc: cute.Tensor, dtype: type[cutlass.Numeric]) -> cute.Tensor:
+    """A register copy of an accumulator, rounded to `dtype`."""
+    rounded = cute.make_rmem_tensor(acc.layout, dtype)
+    rounded.store(acc.load().to(dtype))
+    return rounded

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every warp-specialised Hopper kernel shares: the register split and TMA-fed mbarrier rings."""
+
+from typing import NamedTuple
+
+import cutlass
+from cutlass import cute, pipeline
+
+WARPGROUP = 128
+
+
+class RegisterSplit(NamedTuple):
+    """Registers per thread after setmaxnreg. The CTA starts with 65,536 / threads for everybody."""
+
+    load: int
+    consume: int
+
+
+def register_split(consumer_warpgroups: int) -> RegisterSplit:
+    """The largest split that fits 65,536 registers with one loading warpgroup beside the consumers."""
+    return {1: RegisterSplit(56, 256), 2: RegisterSplit(24, 240), 3: RegisterSplit(32, 160)}[
+        consumer_warpgroups
+    ]
+
+
+def load_tile_pipeline(
+    barriers,
+    layout: cute.ComposedLayout,
+    dtype: type[cutlass.Numeric],
+    consumer_warps: int,
+    extra_bytes: int = 0,
+):
+    """(producer, consumer) of a ring that TMA fills and `consumer_warps` warps drain.
+
+    One stage receives a tile of `layout` (stages last) plus `extra_bytes` on the same barrier. The
+    producer is one elected lane; a consumer warp releases with one lane, so the arrival count is warps.
+    """
+    one = pipeline.CooperativeGroup(pipeline.Agent.Thread)
+    consumers = pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps)
+    return pipeline.PipelineTmaAsync.create(
+        num_stages=layout.outer.shape[2][1]
+        if isinstance(layout.outer.shape[2], tuple)
+        else layout.outer.shape[2],
+        producer_group=one,
+        consumer_group=consumers,
+        tx_count=cute.size_in_bytes(dtype, cute.select(layout, mode=[0, 1])) + extra_bytes,
+        barrier_storage=barriers.data_ptr(),
+        defer_sync=True,
+    ).make_participants()

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Online softmax over register tiles (Milakov & Gimelshein 2018; FlashAttention, section 3.1).
+
+Per row of this thread: the running maximum of the raw scores and this thread's share of the running
+sum. Four adjacent lanes share a row (`mma_sm90`), so the maximum is reduced over them for every
+tile, the sum once at the end.
+"""
+
+import math
+from typing import NamedTuple
+
+import cutlass
+from cutlass import Float32, cute
+
+from kernels.common.mma_sm90 import LANES_PER_ROW
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+
+
+class OnlineSoftmax(NamedTuple):
+    """Register state, one entry per row of this thread."""
+
+    row_max: cute.Tensor
+    row_sum: cute.Tensor
+    decay: cute.Tensor  # exp2(old maximum - new maximum), to rescale what was summed before
+
+
+def make_online_softmax(rows: int) -> OnlineSoftmax:
+    """The state before any tile: maximum -inf, sum 0."""
+    state = OnlineSoftmax(*(cute.make_rmem_tensor(rows, Float32) for _ in OnlineSoftmax._fields))
+    state.row_max.fill(-Float32.inf)
+    state.row_sum.fill(0.0)
+    return state
+
+
+def row_maximum(scores: cute.Tensor, row: int, initial: Float32) -> Float32:
+    """Maximum of a row over its four lanes. Four chains: one of 32 dependent maxima would be latency bound."""
+    chains = [initial] + [scores[row, c] for c in range(1, 4)]
+    columns = cute.size(scores, mode=[1])
+    for c in range(columns):
+        if c == 0 or c > 3:
+            chains[c % 4] = cute.arch.fmax(chains[c % 4], scores[row, c])
+    maximum = cute.arch.fmax(
+        cute.arch.fmax(chains[0], chains[1]), cute.arch.fmax(chains[2], chains[3])
+    )
+    return cute.arch.warp_reduction(maximum, cute.arch.fmax, threads_in_group=LANES_PER_ROW)
+
+
+@cute.jit
+def online_softmax(state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float32):
+    """scores (rows, columns), raw q k^T with -inf where masked -> exp2(scale_log2 * (scores - maximum)).
+
+    Updates the state and leaves in `state.decay` the factor for everything accumulated so far.
+    """
+    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+        new_max = row_maximum(scores, r, state.row_max[r])
+        # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
+        base = Float32(0.0) if new_max == -Float32.inf else new_max * scale_log2
+        probabilities = cute.math.exp2(scores[r, None].load() * scale_log2 - base, fastmath=True)
+        scores[r, None].store(probabilities)
+        state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 - base, fastmath=True)
+        total = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+        state.row_sum[r] = state.row_sum[r] * state.decay[r] + total
+        state.row_max[r] = new_max
+
+
+@cute.jit
+def rescale(acc: cute.Tensor, factors: cute.Tensor):
+    """Multiply row r of `acc` (rows, columns) by factors[r]."""
+    for r in cutlass.range_constexpr(cute.size(acc, mode=[0])):
+        acc[r, None].store(acc[r, None].load() * factors[r])
+
+
+@cute.jit
+def finish(state: OnlineSoftmax, softmax_scale: Float32):
+    """Turn the state into results: decay <- 1 / sum (0 for a row that saw no key), row_max <- LSE.
+
+    The LSE is the natural logarithm of the sum of exp(softmax_scale * score), -inf for an empty row.
+    """
+    for r in cutlass.range_constexpr(cute.size(state.row_sum)):
+        total = cute.arch.warp_reduction(
+            state.row_sum[r], lambda a, b: a + b, threads_in_group=LANES_PER_ROW
+        )
+        state.decay[r] = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
+        state.row_max[r] = (
+            state.row_max[r] * softmax_scale + cute.math.log2(total, fastmath=True) * LN_2
+        )
