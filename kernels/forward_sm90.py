@@ -380,9 +380,10 @@ class ForwardSm90:
     def mask(self, scores: cute.Tensor, coords: cute.Tensor, n: Int32, tile: Tile):
         """Mask key tile n if any of it is outside the band or past seqlen_k."""
         if tile.blocks.needs_mask(n):
-            shift = tile.m_block * self.tile_m - n * self.tile_n
-            limit = tile.seqlen_k - n * self.tile_n
-            mask_scores(scores, coords, tile.band_lower + shift, tile.band_upper + shift, limit)
+            m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
+            shift = m_start - n_start
+            extent = (tile.seqlen_q - m_start, tile.seqlen_k - n_start)
+            mask_scores(scores, coords, tile.band_lower + shift, tile.band_upper + shift, extent)
 
     @cute.jit
     def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, acc: cute.Tensor):
@@ -410,9 +411,10 @@ class ForwardSm90:
                 cute.group_modes(s_out, 0, 2),
                 cute.group_modes(g_out, 0, 2),
             )
-            cute.copy(tma.out, s, g)
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            with cute.arch.elect_one():
+                cute.copy(tma.out, s, g)
+                cute.arch.cp_async_bulk_commit_group()
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
     def first_turn(self, group: Int32):

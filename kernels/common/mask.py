@@ -6,15 +6,22 @@ from cutlass import Float32, Int32, cute
 
 
 @cute.jit
-def mask_scores(scores: cute.Tensor, coords: cute.Tensor, lower: Int32, upper: Int32, limit: Int32):
-    """scores[r, c] = -inf unless row + lower <= column <= min(row + upper, limit - 1).
+def mask_scores(
+    scores: cute.Tensor,
+    coords: cute.Tensor,
+    lower: Int32,
+    upper: Int32,
+    extent: tuple[Int32, Int32],
+):
+    """scores[r, c] = -inf unless row + lower <= column <= row + upper and (row, column) < extent.
 
     `coords` holds (row, column) within the tile for every element of `scores` (rows, columns);
-    the bounds are relative to the tile.
+    the bounds and the extent are relative to the tile.
     """
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         row = coords[r, 0][0]
-        first, end = row + lower, cutlass.min(row + upper + 1, limit)
+        first = row + lower
+        end = cutlass.min(row + upper + 1, extent[1]) if row < extent[0] else first
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             column = coords[r, c][1]
             visible = (column >= first) & (column < end)

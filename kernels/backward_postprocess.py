@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward, last launch: dq = softmax_scale * dq_accum, in the 16-bit type and without the padding.
+
+Bound by memory: it reads dq_accum once and writes dq once.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import Float32, cute
+
+from fa4_jax._variants import Variant
+from kernels.common.row_tiles import THREADS, VECTOR, row_tile, rows_per_pass, vector_at
+
+
+class BackwardPostprocess:
+    """Host entry and kernel of one row; `__call__` follows `SIGNATURES[Kernel.backward_postprocess]`."""
+
+    def __init__(self, variant: Variant):
+        self.head_dim, self.tile_m = variant.head_dim, variant.tiles.tile_m
+
+    @cute.jit
+    def __call__(
+        self,
+        dq_accum: cute.Tensor,
+        dq: cute.Tensor,
+        softmax_scale: Float32,
+        stream: cuda.CUstream,
+    ):
+        batch, heads, padded_rows, _ = dq_accum.shape
+        self.kernel(dq_accum, dq, softmax_scale).launch(
+            grid=(padded_rows // self.tile_m * heads * batch, 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, dq_accum: cute.Tensor, dq: cute.Tensor, softmax_scale: Float32):
+        _, heads, padded_rows, _ = dq_accum.shape
+        tile = row_tile(padded_rows, heads, self.head_dim, self.tile_m)
+        for offset in cutlass.range_constexpr(0, self.tile_m, rows_per_pass(self.head_dim)):
+            row = tile.first_row + offset
+            if row < dq.shape[1]:
+                accumulator = dq_accum[tile.batch, tile.head, row, None]
+                values = cute.make_rmem_tensor(VECTOR, Float32)
+                for half in cutlass.range_constexpr(0, VECTOR, 4):
+                    piece = cute.make_tensor(values.iterator + half, cute.make_layout(4))
+                    cute.autovec_copy(vector_at(accumulator, tile.column + half, 4), piece)
+                rounded = cute.make_rmem_tensor(VECTOR, dq.element_type)
+                rounded.store((values.load() * softmax_scale).to(dq.element_type))
+                cute.autovec_copy(
+                    rounded, vector_at(dq[tile.batch, row, tile.head, None], tile.column)
+                )

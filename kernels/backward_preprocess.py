@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward, first launch: the row statistics that the main kernel needs, and an empty dq accumulator.
+
+    dpsum    = rowsum(out * dout) - dlse       0 in padding rows
+    lse_log2 = lse * log2(e)                   +inf in padding rows and rows that see no key
+    dq_accum = 0
+
+With lse_log2 = +inf the main kernel's exp2(score - lse_log2) is 0 for such a row, so it needs no
+query-side mask. The dlse term is FlashAttention's: d lse / d score is the probability itself.
+Bound by memory: it reads out and dout once and writes dq_accum once.
+"""
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import Float32, cute
+
+from fa4_jax._variants import Variant
+from kernels.common.row_tiles import (
+    THREADS,
+    VECTOR,
+    lanes_per_row,
+    row_tile,
+    rows_per_pass,
+    vector_at,
+)
+from kernels.common.softmax import LOG2_E
+
+
+class BackwardPreprocess:
+    """Host entry and kernel of one row; `__call__` follows `SIGNATURES[Kernel.backward_preprocess]`."""
+
+    def __init__(self, variant: Variant):
+        self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
+        self.tile_m = variant.tiles.tile_m
+
+    @cute.jit
+    def __call__(
+        self,
+        out: cute.Tensor,
+        dout: cute.Tensor,
+        lse: cute.Tensor,
+        dlse: cute.Tensor,
+        dpsum: cute.Tensor,
+        lse_log2: cute.Tensor,
+        dq_accum: cute.Tensor,
+        stream: cuda.CUstream,
+    ):
+        batch, heads, padded_rows, _ = dq_accum.shape
+        self.kernel(out, dout, lse, dlse, dpsum, lse_log2, dq_accum).launch(
+            grid=(padded_rows // self.tile_m * heads * batch, 1, 1),
+            block=(THREADS, 1, 1),
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        out: cute.Tensor,
+        dout: cute.Tensor,
+        lse: cute.Tensor,
+        dlse: cute.Tensor,
+        dpsum: cute.Tensor,
+        lse_log2: cute.Tensor,
+        dq_accum: cute.Tensor,
+    ):
+        _, heads, padded_rows, _ = dq_accum.shape
+        tile = row_tile(padded_rows, heads, self.head_dim_v, self.tile_m)
+        for offset in cutlass.range_constexpr(0, self.tile_m, rows_per_pass(self.head_dim_v)):
+            row = tile.first_row + offset
+            product = Float32(0.0)
+            if row < out.shape[1]:
+                a = vector_at(out[tile.batch, row, tile.head, None], tile.column)
+                b = vector_at(dout[tile.batch, row, tile.head, None], tile.column)
+                product = self.dot(a, b)
+            product = cute.arch.warp_reduction(
+                product, lambda x, y: x + y, threads_in_group=lanes_per_row(self.head_dim_v)
+            )
+            if tile.column == 0:
+                statistic, log_sum = Float32(0.0), Float32.inf
+                if row < out.shape[1]:
+                    log_sum = lse[tile.batch, tile.head, row]
+                    log_sum = Float32.inf if log_sum == -Float32.inf else log_sum * LOG2_E
+                    statistic = product - dlse[tile.batch, tile.head, row]
+                dpsum[tile.batch, tile.head, row] = statistic
+                lse_log2[tile.batch, tile.head, row] = log_sum
+
+        tile = row_tile(padded_rows, heads, self.head_dim, self.tile_m)
+        zeros = cute.make_rmem_tensor(4, Float32)
+        zeros.fill(0.0)
+        for offset in cutlass.range_constexpr(0, self.tile_m, rows_per_pass(self.head_dim)):
+            accumulator = dq_accum[tile.batch, tile.head, tile.first_row + offset, None]
+            for half in cutlass.range_constexpr(0, VECTOR, 4):
+                cute.autovec_copy(zeros, vector_at(accumulator, tile.column + half, 4))
+
+    @cute.jit
+    def dot(self, a: cute.Tensor, b: cute.Tensor) -> Float32:
+        """fp32 inner product of two 16-byte vectors in global memory."""
+        x = cute.make_rmem_tensor(VECTOR, a.element_type)
+        y = cute.make_rmem_tensor(VECTOR, b.element_type)
+        cute.autovec_copy(a, x)
+        cute.autovec_copy(b, y)
+        products = x.load().to(Float32) * y.load().to(Float32)
+        return products.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)

@@ -1,0 +1,625 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention backward for Hopper: TMA, WGMMA, warp-specialised (FlashAttention-2, algorithm 2; FlashAttention-3).
+
+One CTA owns one key tile of one key/value head. It visits the query tiles that the band leaves, for
+every query head of the group, and accumulates dk and dv in registers, so that grouped heads need
+neither atomics nor another pass. Scores are computed transposed, keys by queries: the probabilities
+and dS then leave the accumulators as the register operand of dv and dk. dS goes through shared
+memory for dq, the one product that reduces over keys, and dq is added to its fp32 accumulator by
+the TMA unit (the only result whose summation order is not fixed).
+
+    p    = exp2(scale_log2 k q^T - lse_log2)     dv += p dout
+    dp   = v dout^T
+    dS   = p (dp - dpsum)                        dk += dS q        dq_accum += dS^T k
+
+    warps                   role      registers
+    0                       load      24
+    1                       store_dq  24
+    2-3                     idle      24
+    4-11                    compute   240       each warpgroup owns 64 of the 128 keys
+
+    load --[k, v]--> compute          one stage, loaded once
+    load --[q, lse_log2]--> compute   `stages` deep
+    load --[dout, dpsum]--> compute   `stages` deep
+    compute --[dS]--> compute         two stages: a warpgroup may write the next dS while the other
+                                      still multiplies by this one
+    compute --[dq]--> store_dq        one slab per warpgroup, named barriers
+"""
+
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import Float32, Int32, cute, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers as sm90
+
+from fa4_jax._variants import Variant
+from kernels.common.block_range import BlockRange, visible_blocks
+from kernels.common.dtypes import element_type
+from kernels.common.mask import mask_scores
+from kernels.common.mma_sm90 import as_a_operand, issue_gemm, rows_and_columns, to_16_bit
+from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.softmax import LOG2_E
+
+# Named barriers; 0 is sync_threads. DQ_EMPTY + i and DQ_FULL + i belong to warpgroup i's dq slab.
+COMPUTE, DQ_EMPTY, DQ_FULL = 1, 2, 4
+DS_STAGES = 2
+DQ_SLAB = 64  # rows and columns of the dq piece that one warpgroup computes
+
+
+class Tma(NamedTuple):
+    """TMA atoms with the coordinate tensors of (rows, dim, head, batch) arrays."""
+
+    q: cute.CopyAtom
+    g_q: cute.Tensor
+    k: cute.CopyAtom
+    g_k: cute.Tensor
+    v: cute.CopyAtom
+    g_v: cute.Tensor
+    dout: cute.CopyAtom
+    g_dout: cute.Tensor
+    dk: cute.CopyAtom
+    g_dk: cute.Tensor
+    dv: cute.CopyAtom
+    g_dv: cute.Tensor
+    dq: cute.CopyAtom
+    g_dq: cute.Tensor
+
+
+class Layouts(NamedTuple):
+    """Shared-memory layouts, stages last. `*_t` are the same bytes seen as the transposed operand."""
+
+    q: cute.ComposedLayout
+    q_t: cute.ComposedLayout
+    dout: cute.ComposedLayout
+    dout_t: cute.ComposedLayout
+    k: cute.ComposedLayout
+    k_t: cute.ComposedLayout
+    v: cute.ComposedLayout
+    ds: cute.ComposedLayout
+    ds_t: cute.ComposedLayout
+    dq: cute.ComposedLayout
+
+
+class Smem(NamedTuple):
+    """Shared-memory tiles, stages last; lse_log2 and dpsum are (tile_m, stages)."""
+
+    q: cute.Tensor
+    q_t: cute.Tensor
+    dout: cute.Tensor
+    dout_t: cute.Tensor
+    k: cute.Tensor
+    k_t: cute.Tensor
+    v: cute.Tensor
+    ds: cute.Tensor
+    ds_t: cute.Tensor
+    dq: cute.Tensor
+    lse_log2: cute.Tensor
+    dpsum: cute.Tensor
+
+
+class Mma(NamedTuple):
+    """scores: k q^T and v dout^T; dk, dv: register operand times q, dout; dq: dS^T k; dq_slab: its store."""
+
+    scores: cute.TiledMma
+    dk: cute.TiledMma
+    dv: cute.TiledMma
+    dq: cute.TiledMma
+    dq_slab: cute.TiledMma
+
+
+class Pipes(NamedTuple):
+    """One side (producers or consumers) of the load pipelines."""
+
+    q: object
+    dout: object
+    k: object
+    v: object
+
+
+class Statistics(NamedTuple):
+    """Row statistics in global memory, (batch, heads, padded rows) fp32."""
+
+    lse_log2: cute.Tensor
+    dpsum: cute.Tensor
+
+
+class Tile(NamedTuple):
+    """The key tile of this CTA, the query tiles it visits per head, and the run-time scalars."""
+
+    n_block: Int32
+    kv_head: Int32
+    group: Int32  # query heads per key/value head
+    batch: Int32
+    blocks: BlockRange
+    softmax_scale: Float32
+    band_lower: Int32
+    band_upper: Int32
+    seqlen_q: Int32
+    seqlen_k: Int32
+
+
+class BackwardSm90:
+    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.backward]`."""
+
+    def __init__(self, variant: Variant):
+        self.dtype = element_type(variant.dtype)
+        self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
+        self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
+        self.stages = variant.tiles.stages
+        self.warpgroups = variant.tiles.mma_warpgroups
+        self.threads = (self.warpgroups + 1) * WARPGROUP
+        self.registers = register_split(self.warpgroups)
+        # dq is tile_m x head_dim: warpgroups split its rows if there are enough, else its columns.
+        self.dq_atoms = (self.tile_m // DQ_SLAB, self.head_dim // DQ_SLAB, 1)
+        assert self.tile_n == 64 * self.warpgroups, "a warpgroup owns 64 keys"
+        assert self.dq_atoms[0] * self.dq_atoms[1] == self.warpgroups, (
+            "a warpgroup computes one dq slab"
+        )
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        dout: cute.Tensor,
+        lse_log2: cute.Tensor,
+        dpsum: cute.Tensor,
+        dq_accum: cute.Tensor,
+        dk: cute.Tensor,
+        dv: cute.Tensor,
+        softmax_scale: Float32,
+        band_lower: Int32,
+        band_upper: Int32,
+        stream: cuda.CUstream,
+    ):
+        # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
+        q, k, v, dout, dk, dv = (
+            cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
+            for t in (q, k, v, dout, dk, dv)
+        )
+        dq = cute.make_tensor(dq_accum.iterator, cute.select(dq_accum.layout, mode=[2, 3, 1, 0]))
+        layouts = self.layouts()
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        reduce = cpasync.CopyReduceBulkTensorTileS2GOp(cute.ReductionKind.ADD)
+        tma = Tma(
+            *self.tma_atom(load, q, layouts.q, (self.tile_m, self.head_dim)),
+            *self.tma_atom(load, k, layouts.k, (self.tile_n, self.head_dim)),
+            *self.tma_atom(load, v, layouts.v, (self.tile_n, self.head_dim_v)),
+            *self.tma_atom(load, dout, layouts.dout, (self.tile_m, self.head_dim_v)),
+            *self.tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
+            *self.tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
+            *self.tma_atom(reduce, dq, layouts.dq, (DQ_SLAB, DQ_SLAB)),
+        )
+        stages = self.stages
+        tile_bytes = lambda layout: cute.struct.Align[  # noqa: E731
+            cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024
+        ]
+
+        @cute.struct
+        class Storage:
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
+            dout_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
+            dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
+            q: tile_bytes(layouts.q)
+            dout: tile_bytes(layouts.dout)
+            k: tile_bytes(layouts.k)
+            v: tile_bytes(layouts.v)
+            ds: tile_bytes(layouts.ds)
+            dq: cute.struct.Align[cute.struct.MemRange[Float32, cute.cosize(layouts.dq)], 1024]
+
+        self.storage = Storage
+        n_blocks = cute.ceil_div(k.shape[0], self.tile_n)
+        statistics = Statistics(lse_log2, dpsum)
+        self.kernel(
+            tma, self.mma(), layouts, statistics, softmax_scale, band_lower, band_upper
+        ).launch(
+            grid=(n_blocks * k.shape[2] * k.shape[3], 1, 1),
+            block=(self.threads, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    def tma_atom(self, op, array: cute.Tensor, layout: cute.ComposedLayout, tile: tuple[int, int]):
+        """(atom, coordinate tensor) moving one stage of `layout`."""
+        return cpasync.make_tiled_tma_atom(op, array, cute.select(layout, mode=[0, 1]), tile)
+
+    def layouts(self) -> Layouts:
+        """Every operand is loaded once and read in both majors: `cute-dsl` layouts of the same bytes."""
+        row_major, col_major = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
+        m, n, d, dv = self.tile_m, self.tile_n, self.head_dim, self.head_dim_v
+        a, b = sm90.make_smem_layout_a, sm90.make_smem_layout_b
+        return Layouts(
+            q=b(row_major, (n, m, d), self.dtype, self.stages),
+            q_t=b(col_major, (n, d, m), self.dtype, self.stages),
+            dout=b(row_major, (n, m, dv), self.dtype, self.stages),
+            dout_t=b(col_major, (n, dv, m), self.dtype, self.stages),
+            k=a(row_major, (n, m, d), self.dtype, 1),
+            k_t=b(col_major, (m, d, n), self.dtype, 1),
+            v=a(row_major, (n, m, dv), self.dtype, 1),
+            ds=a(row_major, (n, d, m), self.dtype, DS_STAGES),
+            ds_t=a(col_major, (m, d, n), self.dtype, DS_STAGES),
+            dq=sm90.make_smem_layout_epi(Float32, row_major, (DQ_SLAB, DQ_SLAB), self.warpgroups),
+        )
+
+    def mma(self) -> Mma:
+        """The five products (`Mma`), over all compute warpgroups."""
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+        registers, by_keys = warpgroup.OperandSource.RMEM, (self.warpgroups, 1, 1)
+        make = lambda *args: sm90.make_trivial_tiled_mma(self.dtype, self.dtype, *args)  # noqa: E731
+        return Mma(
+            scores=make(k_major, k_major, Float32, by_keys, (64, self.tile_m)),
+            dk=make(k_major, mn_major, Float32, by_keys, (64, self.head_dim), registers),
+            dv=make(k_major, mn_major, Float32, by_keys, (64, self.head_dim_v), registers),
+            dq=make(mn_major, mn_major, Float32, self.dq_atoms, (64, DQ_SLAB)),
+            dq_slab=make(mn_major, mn_major, Float32, (1, 1, 1), (64, DQ_SLAB)),
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        tma: Tma,
+        mma: Mma,
+        layouts: Layouts,
+        statistics: Statistics,
+        softmax_scale: Float32,
+        band_lower: Int32,
+        band_upper: Int32,
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = SmemAllocator().allocate(self.storage)
+        smem = self.shared_memory(storage, layouts)
+        warps, row_bytes = 4 * self.warpgroups, 4 * self.tile_m
+        pipes = tuple(
+            load_tile_pipeline(barriers, layout, self.dtype, warps, extra)
+            for barriers, layout, extra in (
+                (storage.q_barriers, layouts.q, row_bytes),
+                (storage.dout_barriers, layouts.dout, row_bytes),
+                (storage.k_barriers, layouts.k, 0),
+                (storage.v_barriers, layouts.v, 0),
+            )
+        )
+        pipeline.pipeline_init_arrive()
+        pipeline.pipeline_init_wait()
+
+        tile = self.tile(tma, softmax_scale, band_lower, band_upper)
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(self.registers.load)
+            if warp_idx == 0:
+                self.load(tma, smem, Pipes(*(producer for producer, _ in pipes)), tile, statistics)
+            if warp_idx == 1:
+                self.store_dq(tma, smem, tile)
+        else:
+            cute.arch.setmaxregister_increase(self.registers.consume)
+            self.compute(
+                thread - WARPGROUP,
+                mma,
+                smem,
+                Pipes(*(consumer for _, consumer in pipes)),
+                tile,
+                tma,
+            )
+
+    def shared_memory(self, storage, layouts: Layouts) -> Smem:
+        """The tiles and their transposed views."""
+        tile = lambda field, layout: field.get_tensor(layout.outer, swizzle=layout.inner)  # noqa: E731
+        view = lambda s, layout: cute.make_tensor(  # noqa: E731
+            cute.recast_ptr(s.iterator, layout.inner, self.dtype), layout.outer
+        )
+        q, dout = tile(storage.q, layouts.q), tile(storage.dout, layouts.dout)
+        k, ds = tile(storage.k, layouts.k), tile(storage.ds, layouts.ds)
+        rows = cute.make_layout((self.tile_m, self.stages))
+        return Smem(
+            q=q,
+            q_t=view(q, layouts.q_t),
+            dout=dout,
+            dout_t=view(dout, layouts.dout_t),
+            k=k,
+            k_t=view(k, layouts.k_t),
+            v=tile(storage.v, layouts.v),
+            ds=ds,
+            ds_t=view(ds, layouts.ds_t),
+            dq=tile(storage.dq, layouts.dq),
+            lse_log2=storage.lse_log2.get_tensor(rows),
+            dpsum=storage.dpsum.get_tensor(rows),
+        )
+
+    def tile(self, tma: Tma, softmax_scale: Float32, band_lower: Int32, band_upper: Int32) -> Tile:
+        """Decode this CTA's tile. Key tiles of a head are neighbours, so that its q and dout stay in
+        the L2; under a causal band the first, longest ones start first."""
+        block, _, _ = cute.arch.block_idx()
+        seqlen_q, _, heads, _ = tma.g_q.shape
+        seqlen_k, _, kv_heads, _ = tma.g_k.shape
+        n_blocks = cute.ceil_div(seqlen_k, self.tile_n)
+        n_block = block % n_blocks
+        first = n_block * self.tile_n
+        last = cutlass.min(first + self.tile_n, seqlen_k) - 1
+        return Tile(
+            n_block=n_block,
+            kv_head=block // n_blocks % kv_heads,
+            group=heads // kv_heads,
+            batch=block // (n_blocks * kv_heads),
+            blocks=visible_blocks(first, last, -band_upper, -band_lower, seqlen_q, self.tile_m),
+            softmax_scale=softmax_scale,
+            band_lower=band_lower,
+            band_upper=band_upper,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+        )
+
+    @cute.jit
+    def load(self, tma: Tma, smem: Smem, producers: Pipes, tile: Tile, statistics: Statistics):
+        """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every head."""
+        partition = lambda atom, s, g: cpasync.tma_partition(  # noqa: E731
+            atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
+        )
+        bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+        q_producer, dout_producer, k_producer, v_producer = producers
+        blocks = tile.blocks
+        if blocks.end > blocks.begin:
+            g_k = tma.g_k[None, None, tile.kv_head, tile.batch]
+            g_v = tma.g_v[None, None, tile.kv_head, tile.batch]
+            g_k = cute.local_tile(g_k, (self.tile_n, self.head_dim), (tile.n_block, 0))
+            g_v = cute.local_tile(g_v, (self.tile_n, self.head_dim_v), (tile.n_block, 0))
+            s_k, g_k = partition(tma.k, smem.k, g_k)
+            s_v, g_v = partition(tma.v, smem.v, g_v)
+            slot = k_producer.acquire_and_advance()
+            cute.copy(tma.k, g_k, s_k[None, 0], tma_bar_ptr=slot.barrier)
+            slot = v_producer.acquire_and_advance()
+            cute.copy(tma.v, g_v, s_v[None, 0], tma_bar_ptr=slot.barrier)
+            for h in cutlass.range(tile.group, unroll=1):
+                head = tile.kv_head * tile.group + h
+                g_q = tma.g_q[None, None, head, tile.batch]
+                g_dout = tma.g_dout[None, None, head, tile.batch]
+                g_q = cute.local_tile(g_q, (self.tile_m, self.head_dim), (None, 0))
+                g_dout = cute.local_tile(g_dout, (self.tile_m, self.head_dim_v), (None, 0))
+                s_q, g_q = partition(tma.q, smem.q, g_q)
+                s_dout, g_dout = partition(tma.dout, smem.dout, g_dout)
+                rows = (self.tile_m,)
+                g_lse = cute.local_tile(statistics.lse_log2[tile.batch, head, None], rows, (None,))
+                g_dpsum = cute.local_tile(statistics.dpsum[tile.batch, head, None], rows, (None,))
+                for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
+                    slot = q_producer.acquire_and_advance()
+                    cute.copy(tma.q, g_q[None, m], s_q[None, slot.index], tma_bar_ptr=slot.barrier)
+                    with cute.arch.elect_one():
+                        cute.copy(
+                            bulk,
+                            g_lse[None, m],
+                            smem.lse_log2[None, slot.index],
+                            mbar_ptr=slot.barrier,
+                        )
+                    slot = dout_producer.acquire_and_advance()
+                    cute.copy(
+                        tma.dout,
+                        g_dout[None, m],
+                        s_dout[None, slot.index],
+                        tma_bar_ptr=slot.barrier,
+                    )
+                    with cute.arch.elect_one():
+                        cute.copy(
+                            bulk,
+                            g_dpsum[None, m],
+                            smem.dpsum[None, slot.index],
+                            mbar_ptr=slot.barrier,
+                        )
+            q_producer.tail()
+            dout_producer.tail()
+
+    @cute.jit
+    def compute(self, thread: Int32, mma: Mma, smem: Smem, consumers: Pipes, tile: Tile, tma: Tma):
+        """The five products of every visited query tile for this warpgroup's 64 keys, then dk and dv."""
+        q_consumer, dout_consumer, k_consumer, v_consumer = consumers
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        scores_thread, dq_thread = mma.scores.get_slice(thread), mma.dq.get_slice(thread)
+        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(smem.k))[None, None, None, 0]
+        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(smem.v))[None, None, None, 0]
+        f_q = mma.scores.make_fragment_B(scores_thread.partition_B(smem.q))
+        f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(smem.dout))
+        f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(thread).partition_B(smem.q_t))
+        f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(thread).partition_B(smem.dout_t))
+        f_ds_t = mma.dq.make_fragment_A(dq_thread.partition_A(smem.ds_t))
+        f_k_t = mma.dq.make_fragment_B(dq_thread.partition_B(smem.k_t))[None, None, None, 0]
+
+        tile_nm = (self.tile_n, self.tile_m)
+        coords = rows_and_columns(scores_thread.partition_C(cute.make_identity_tensor(tile_nm)))
+        accumulator = lambda product, shape: cute.make_rmem_tensor(  # noqa: E731
+            product.get_slice(thread).partition_shape_C(shape), Float32
+        )
+        dk = accumulator(mma.dk, (self.tile_n, self.head_dim))
+        dv = accumulator(mma.dv, (self.tile_n, self.head_dim_v))
+        dk.fill(0.0)
+        dv.fill(0.0)
+        stmatrix = cute.make_copy_atom(
+            warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype
+        )
+        ds_copy = cute.make_tiled_copy_C(stmatrix, mma.scores)
+        s_ds = ds_copy.get_slice(thread).partition_D(smem.ds)
+        s_dq = mma.dq_slab.get_slice(thread % WARPGROUP).partition_C(smem.dq[None, None, group])
+        s_lse = self.column_statistic(smem.lse_log2, scores_thread)
+        s_dpsum = self.column_statistic(smem.dpsum, scores_thread)
+        scale_log2 = tile.softmax_scale * LOG2_E
+        blocks = tile.blocks
+
+        if blocks.end > blocks.begin:
+            k_consumer.wait()
+            v_consumer.wait()
+            ds_stage = Int32(0)
+            for _ in cutlass.range(tile.group, unroll=1):
+                for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
+                    scores = accumulator(mma.scores, tile_nm)
+                    dp = accumulator(mma.scores, tile_nm)
+                    q_slot = q_consumer.wait_and_advance()
+                    issue_gemm(
+                        mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True
+                    )
+                    dout_slot = dout_consumer.wait_and_advance()
+                    issue_gemm(
+                        mma.scores, dp, f_v, f_dout[None, None, None, dout_slot.index], zero=True
+                    )
+                    lse_log2 = cute.make_rmem_tensor(s_lse[None, 0].shape, Float32)
+                    cute.autovec_copy(s_lse[None, q_slot.index], lse_log2)
+                    warpgroup.wait_group(1)
+                    self.mask(rows_and_columns(scores), coords, m, tile)
+                    self.probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                    p = to_16_bit(scores, self.dtype)
+                    dpsum = cute.make_rmem_tensor(s_dpsum[None, 0].shape, Float32)
+                    cute.autovec_copy(s_dpsum[None, dout_slot.index], dpsum)
+                    warpgroup.wait_group(0)
+                    self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
+                    ds = to_16_bit(scores, self.dtype)
+                    issue_gemm(
+                        mma.dv,
+                        dv,
+                        as_a_operand(p),
+                        f_dout_t[None, None, None, dout_slot.index],
+                        zero=False,
+                    )
+                    cute.copy(ds_copy, ds_copy.retile(ds), s_ds[None, None, None, ds_stage])
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.barrier(
+                        barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
+                    )
+                    dq = accumulator(mma.dq, (self.tile_m, self.head_dim))
+                    issue_gemm(mma.dq, dq, f_ds_t[None, None, None, ds_stage], f_k_t, zero=True)
+                    issue_gemm(
+                        mma.dk,
+                        dk,
+                        as_a_operand(ds),
+                        f_q_t[None, None, None, q_slot.index],
+                        zero=False,
+                    )
+                    warpgroup.wait_group(2)
+                    dout_slot.release()
+                    warpgroup.wait_group(1)
+                    cute.arch.barrier(barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32)
+                    cute.autovec_copy(dq, s_dq)
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.barrier_arrive(
+                        barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32
+                    )
+                    warpgroup.wait_group(0)
+                    q_slot.release()
+                    ds_stage = ds_stage ^ 1
+
+        dk.store(dk.load() * tile.softmax_scale)
+        self.epilogue(thread, mma, smem, tile, tma, (dk, dv))
+
+    def column_statistic(self, rows: cute.Tensor, scores_thread) -> cute.Tensor:
+        """This thread's entries of a (tile_m, stages) statistic: one per accumulator column, by stage.
+
+        The accumulator's rows are keys and its columns queries, so a broadcast over rows selects them.
+        """
+        stages = self.stages
+        broadcast = cute.make_tensor(
+            rows.iterator,
+            cute.make_layout((self.tile_n, self.tile_m, stages), stride=(0, 1, self.tile_m)),
+        )
+        part = scores_thread.partition_C(broadcast)
+        shape, stride = part.layout.shape, part.layout.stride
+        return cute.make_tensor(
+            part.iterator,
+            cute.make_layout(
+                ((shape[0][0], shape[0][2], shape[2]), stages),
+                stride=((stride[0][0], stride[0][2], stride[2]), self.tile_m),
+            ),
+        )
+
+    @cute.jit
+    def mask(self, scores: cute.Tensor, coords: cute.Tensor, m: Int32, tile: Tile):
+        """Mask query tile m if any of it is outside the band, or some key is past seqlen_k: p of a key
+        past the end could be inf, and dq would get inf * 0."""
+        m_start, n_start = m * self.tile_m, tile.n_block * self.tile_n
+        if tile.blocks.needs_mask(m) | (n_start + self.tile_n > tile.seqlen_k):
+            shift = n_start - m_start
+            extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
+            mask_scores(scores, coords, shift - tile.band_upper, shift - tile.band_lower, extent)
+
+    @cute.jit
+    def probabilities(self, scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
+        """scores <- exp2(scale_log2 * scores - lse_log2), column by column."""
+        for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+            scaled = scores[r, None].load() * scale_log2 - lse_log2.load()
+            scores[r, None].store(cute.math.exp2(scaled, fastmath=True))
+
+    @cute.jit
+    def score_gradient(self, p: cute.Tensor, dp: cute.Tensor, dpsum: cute.Tensor):
+        """p <- p * (dp - dpsum), the gradient of the scaled scores."""
+        for r in cutlass.range_constexpr(cute.size(p, mode=[0])):
+            p[r, None].store(p[r, None].load() * (dp[r, None].load() - dpsum.load()))
+
+    @cute.jit
+    def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, gradients: tuple):
+        """dk, dv -> 16 bit -> the shared memory of k and v -> TMA stores, which clip keys past seqlen_k."""
+        everybody = self.warpgroups * WARPGROUP
+        cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)  # k has been read for dq
+        stmatrix = cute.make_copy_atom(
+            warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype
+        )
+        for product, gradient, s in (
+            (mma.dk, gradients[0], smem.k),
+            (mma.dv, gradients[1], smem.v),
+        ):
+            copy = cute.make_tiled_copy_C(stmatrix, product)
+            rounded = copy.retile(to_16_bit(gradient, self.dtype))
+            cute.copy(copy, rounded, copy.get_slice(thread).partition_D(s[None, None, 0]))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)
+        if cute.arch.make_warp_uniform(thread // 32) == 0:
+            for atom, s, g, dim in (
+                (tma.dk, smem.k, tma.g_dk, self.head_dim),
+                (tma.dv, smem.v, tma.g_dv, self.head_dim_v),
+            ):
+                g = cute.local_tile(
+                    g[None, None, tile.kv_head, tile.batch], (self.tile_n, dim), (tile.n_block, 0)
+                )
+                s, g = cpasync.tma_partition(
+                    atom,
+                    0,
+                    cute.make_layout(1),
+                    cute.group_modes(s[None, None, 0], 0, 2),
+                    cute.group_modes(g, 0, 2),
+                )
+                with cute.arch.elect_one():
+                    cute.copy(atom, s, g)
+                    cute.arch.cp_async_bulk_commit_group()
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def store_dq(self, tma: Tma, smem: Smem, tile: Tile):
+        """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is handed back."""
+        blocks = tile.blocks
+        if blocks.end > blocks.begin:
+            for h in cutlass.range(tile.group, unroll=1):
+                g_dq = tma.g_dq[None, None, tile.kv_head * tile.group + h, tile.batch]
+                g_dq = cute.local_tile(g_dq, (DQ_SLAB, DQ_SLAB), (None, None))
+                s_dq, g_dq = cpasync.tma_partition(
+                    tma.dq,
+                    0,
+                    cute.make_layout(1),
+                    cute.group_modes(smem.dq, 0, 2),
+                    cute.group_modes(g_dq, 0, 2),
+                )
+                for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
+                    for group in cutlass.range_constexpr(self.warpgroups):
+                        cute.arch.barrier_arrive(
+                            barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32
+                        )
+                    for group in cutlass.range_constexpr(self.warpgroups):
+                        row, column = group // self.dq_atoms[1], group % self.dq_atoms[1]
+                        cute.arch.barrier(
+                            barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32
+                        )
+                        # Unlike a TMA store, the reduction elects its lane itself (seen in the PTX).
+                        m_slab = m * self.dq_atoms[0] + row
+                        cute.copy(tma.dq, s_dq[None, group], g_dq[None, m_slab, column])
+                        cute.arch.cp_async_bulk_commit_group()
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+            cute.arch.cp_async_bulk_wait_group(0)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Elementwise kernels over rows: which thread handles which 16-byte piece of which row.
+
+A tile is `tile_m` rows of one (batch, head). A row is split over `head_dim / VECTOR` neighbouring
+lanes, one 16-byte vector of a 16-bit type each, so a warp reads whole 128-byte lines.
+"""
+
+from typing import NamedTuple
+
+from cutlass import Int32, cute
+
+THREADS = 256
+VECTOR = 8
+
+
+class RowTile(NamedTuple):
+    """This thread's place: lane's column, first row, and the (batch, head) of the CTA."""
+
+    first_row: Int32
+    column: Int32
+    head: Int32
+    batch: Int32
+
+
+def lanes_per_row(head_dim: int) -> int:
+    """Lanes that share a row; a power of two, so that a shuffle can reduce over them."""
+    lanes = head_dim // VECTOR
+    assert lanes * VECTOR == head_dim and lanes & (lanes - 1) == 0 and lanes <= 32
+    return lanes
+
+
+def row_tile(padded_rows: Int32, heads: Int32, head_dim: int, tile_m: int) -> RowTile:
+    """Decode block and thread index; the grid is batch * heads * padded_rows / tile_m blocks."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    tiles = padded_rows // tile_m
+    lanes = lanes_per_row(head_dim)
+    return RowTile(
+        first_row=block % tiles * tile_m + thread // lanes,
+        column=thread % lanes * VECTOR,
+        head=block // tiles % heads,
+        batch=block // (tiles * heads),
+    )
+
+
+def rows_per_pass(head_dim: int) -> int:
+    """Rows that the CTA handles at a time: a thread's rows are this far apart."""
+    return THREADS // lanes_per_row(head_dim)
+
+
+def vector_at(row: cute.Tensor, column: Int32, length: int = VECTOR) -> cute.Tensor:
+    """The `length` elements of a contiguous row from `column` (a multiple of `length`) on, for 16-byte copies."""
+    return cute.local_tile(row, (length,), (column // length,))
