@@ -2,7 +2,7 @@
 """Compile the rows of `fa4_jax._variants.VARIANTS` to objects, headers and the C++ registry.
 
     python -m kernels.build --out build/kernels                       # every row, incrementally
-    python -m kernels.build --only forward_sm90a_bf16_d128 --report   # one row, with what ptxas said
+    python -m kernels.build --only forward_sm90a_bf16_d128 --report   # one row; what ptxas said
     python -m kernels.build --digest                                  # sha256 of each row's PTX
 
 No GPU and no CUDA toolkit are needed. Each row leaves `<name>.o`, `<name>.h` and `<name>.json` in
@@ -139,15 +139,15 @@ def _start_worker(scratch: pathlib.Path) -> None:
 
 def _compile_row(variant: Variant, out: pathlib.Path, keep: bool) -> Report:
     scratch = pathlib.Path(os.environ["CUTE_DSL_DUMP_DIR"])
-    # For helpers that ask which architecture they write for; `--gpu-arch` decides what is generated.
+    # For helpers that ask which architecture they write for; `--gpu-arch` decides the output.
     os.environ["CUTE_DSL_ARCH"] = variant.arch.cuda_target
     from cutlass import cute
 
     key = row_key(variant)
     module, _, class_name = entry_point(variant).partition(":")
     kernel_class = getattr(importlib.import_module(module), class_name)
-    # Symbols named for the row: a profile says which kernel ran, and a digest doesn't depend on file
-    # names and argument types.
+    # Symbols named for the row: a profile says which kernel ran, and a digest doesn't depend on
+    # file names and argument types.
     for function, name in ((kernel_class.kernel, variant.name), (kernel_class.__call__, "launch")):
         function.set_name_prefix(name, remove_cutlass_symbol=True, keep_mangled_name=False)
 
@@ -166,6 +166,7 @@ def _compile_row(variant: Variant, out: pathlib.Path, keep: bool) -> Report:
     # The .json goes first and comes back last: it claims that the rest is there and current.
     (out / f"{variant.name}.json").unlink(missing_ok=True)
     compiled.export_to_c(file_path=str(out), file_name=variant.name, function_prefix=variant.name)
+    signatures.check_header(variant, (out / f"{variant.name}.h").read_text())
     if cubin not in (out / f"{variant.name}.o").read_bytes():
         raise RuntimeError("the exported object doesn't hold the cubin that was compiled")
     for suffix, content in (("ptx", ptx), ("cubin", cubin)):
@@ -244,6 +245,22 @@ def compile_rows(
                 yield Failure(name=rows[future].name, message=message), True
 
 
+def _write_registry(variants: Sequence[Variant], out: pathlib.Path) -> None:
+    """The C++ registry and `kernels.json` of exactly these rows; untouched if nothing changed."""
+    facts = {
+        "dsl_version": importlib.metadata.version("nvidia-cutlass-dsl"),
+        "arches": sorted({v.arch.value for v in variants}),
+        "kernels": sorted(v.name for v in variants),
+    }
+    for name, text in (
+        ("registry.generated.cc", signatures.registry_source(variants)),
+        ("kernels.json", json.dumps(facts, indent=1) + "\n"),
+    ):
+        path = out / name
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+
+
 def select(patterns: Iterable[str], arches: Iterable[str]) -> tuple[Variant, ...]:
     """The rows whose name matches one of `patterns` (shell style, `fa4_` optional) and `arches`."""
     wanted = [p if p.startswith("fa4_") else f"fa4_{p}" for p in patterns] or ["*"]
@@ -292,6 +309,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(
                 f"{place} {outcome}{'' if fresh else ' (up to date)'}", file=sys.stderr, flush=True
             )
+    if not failures:
+        _write_registry(variants, options.out)
     for failure in failures:
         print(f"\n{failure.name} did not compile:\n{failure.message}", file=sys.stderr)
     for variant in variants:

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+#ifndef FA4_JAX_FFI_LAUNCH_H_
+#define FA4_JAX_FFI_LAUNCH_H_
+
+#include "check.h"
+#include "cuda_api.h"
+#include "registry.h"
+
+namespace fa4_jax {
+
+// Calls the kernel's exported host function, which launches it on the stream. Returns a cudaError.
+int Launch(const Kernel& kernel, const Call& call, cudaStream_t stream);
+
+}  // namespace fa4_jax
+
+#endif  // FA4_JAX_FFI_LAUNCH_H_
