@@ -1,0 +1,698 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public calls: signatures, defaults, and every check that needs a shape or a dtype.
+
+A call becomes a `_Plan` (arrays in kernel layout, an `AttentionSpec`, what only the reference
+takes, and the reasons why the kernels can't serve it), and a plan runs. ValueError and TypeError
+mean that the caller made a mistake; NotImplementedError means that we don't support it, with every
+reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from fa4_jax import _autodiff, _primitives, _reference, _variants
+from fa4_jax._reference import Extras
+from fa4_jax._spec import (
+    BOTTOM_RIGHT,
+    TOP_LEFT,
+    AttentionSpec,
+    message,
+    normalise_scale,
+    normalise_softcap,
+    normalise_window,
+    one_of,
+    static_flag,
+)
+from fa4_jax._variants import Kernel
+
+KERNELS = "fa4"
+REFERENCE = "reference"
+IMPLEMENTATIONS = (None, KERNELS, REFERENCE)
+
+
+class Support(NamedTuple):
+    """Whether the FA4 kernels can serve a call here, and if not, every reason."""
+
+    ok: bool
+    reasons: tuple[str, ...] = ()
+
+
+class SharedOptions(TypedDict, total=False):
+    """For type checkers: keywords of both functions. Their meanings are in `flash_attention`."""
+
+    softcap: float | None
+    sinks: ArrayLike | None
+    q_segment_ids: ArrayLike | None
+    kv_segment_ids: ArrayLike | None
+    query_seq_lengths: ArrayLike | None
+    key_value_seq_lengths: ArrayLike | None
+    kv_start: ArrayLike | None
+    kv_end: ArrayLike | None
+    deterministic: bool
+    implementation: str | None
+
+
+class FlashOptions(SharedOptions, total=False):
+    """For type checkers: `flash_attention`'s keywords but `return_lse`, which picks an overload."""
+
+    softmax_scale: float | None
+    causal: bool
+    causal_alignment: str
+    window_size: tuple[int | None, int | None]
+
+
+class AllFlashOptions(FlashOptions, total=False):
+    """For type checkers: all of `flash_attention`'s keywords."""
+
+    return_lse: bool
+
+
+class JaxNnOptions(SharedOptions, total=False):
+    """For type checkers: `dot_product_attention`'s keywords but `return_residual`."""
+
+    scale: float | None
+    is_causal: bool
+    local_window_size: int | tuple[int | None, int | None] | None
+
+
+@overload
+def flash_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[FlashOptions],
+) -> Array: ...
+@overload
+def flash_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[FlashOptions],
+) -> tuple[Array, Array]: ...
+def flash_attention(  # noqa: PLR0913 - the public options of attention; they are bundled right below
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    causal_alignment: str = TOP_LEFT,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    implementation: str | None = None,
+) -> Array | tuple[Array, Array]:
+    """Exact attention, softmax(softmax_scale q k^T + mask) v, without the T x S matrix in memory.
+
+    B is the batch size, T and S the query and key lengths, N the query heads, K the key/value heads
+    (N is a multiple of K: query head n uses key/value head n // (N // K)), D and V the head dims.
+    Differentiable once, in reverse mode, through out and lse.
+
+    A query that sees no key gets out 0, lse -inf and zero gradients. T, S or B = 0 gives an empty
+    or zero result.
+
+    Args:
+      q: [B, T, N, D], or [T, N, D]. bfloat16 or float16 for the kernels; the reference takes
+        float32 and float64 too.
+      k: [B, S, K, D], or [S, K, D]; q's dtype.
+      v: [B, S, K, V], or [S, K, V]; q's dtype.
+      softmax_scale: static number, finite in float32; any sign. 1 / sqrt(D) by default.
+      causal: query i sees keys j <= i + offset; offset is 0, or S - T with "bottom_right".
+      causal_alignment: "top_left", as in jax.nn, or "bottom_right", as in FlashAttention. They
+        differ if T != S, for `window_size` as well.
+      window_size: (left, right): query i sees keys i + offset - left <= j <= i + offset + right.
+        Static ints >= 0, both inclusive; None is unbounded. `causal` sets right to 0.
+      softcap: static number > 0: logits become softcap * tanh(logits / softcap). Reference only.
+      sinks: not implemented yet.
+      q_segment_ids: not implemented yet.
+      kv_segment_ids: not implemented yet.
+      query_seq_lengths: integers [B]: queries at and beyond a length see no key. Reference only.
+      key_value_seq_lengths: integers [B]: keys at and beyond a length aren't seen. Reference only.
+      kv_start: integers [B, T] (or [T]): query i sees no key before kv_start[b, i]. Reference only.
+      kv_end: integers [B, T] (or [T]): query i sees no key from kv_end[b, i] on. Reference only.
+      return_lse: return (out, lse).
+      deterministic: bitwise repeatable gradients. Reference only.
+      implementation: "fa4" runs the FA4 kernels or raises; "reference" runs `_reference`; None runs
+        the kernels where they can serve the call and else the reference, with one `FallbackWarning`
+        that names the reasons.
+
+    Returns:
+      out [B, T, N, V] in q's dtype; with `return_lse`, also lse [B, N, T], the natural logarithm of
+      the sum of exponentiated logits, in float32 (float64 for float64 inputs). Without B if q had
+      none.
+
+    Raises:
+      TypeError: an argument is the wrong kind of object, or has the wrong kind of dtype.
+      ValueError: shapes or values are inconsistent.
+      NotImplementedError: the call is consistent but not supported; the message lists all reasons.
+      LibraryError: `implementation="fa4"` and the kernel library is missing or broken.
+    """
+    options = _Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        causal_alignment=causal_alignment,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    out, lse = _plan(_as_arrays(options, q, k, v), options).run()
+    return (out, lse) if options.return_lse else out
+
+
+def flash_attention_varlen(  # noqa: PLR0913 - as flash_attention
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    causal_alignment: str = BOTTOM_RIGHT,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    implementation: str | None = None,
+) -> NoReturn:
+    """Attention over sequences packed along one axis, q [total, N, D]. Not implemented yet.
+
+    Raises:
+      NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "fa4_jax: flash_attention_varlen isn't implemented yet; use flash_attention with a padded "
+        "batch, query_seq_lengths and key_value_seq_lengths"
+    )
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[JaxNnOptions],
+) -> Array: ...
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[JaxNnOptions],
+) -> tuple[Array, Array]: ...
+def dot_product_attention(  # noqa: PLR0913 - jax.nn's signature, then ours
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    softcap: float | None = None,
+    sinks: ArrayLike | None = None,
+    q_segment_ids: ArrayLike | None = None,
+    kv_segment_ids: ArrayLike | None = None,
+    kv_start: ArrayLike | None = None,
+    kv_end: ArrayLike | None = None,
+    deterministic: bool = False,
+) -> Array | tuple[Array, Array]:
+    """`jax.nn.dot_product_attention`, served by `flash_attention`.
+
+    The arguments up to `return_residual` are jax.nn's, with its meanings: causal and window masks
+    are aligned top-left. Two results differ on purpose: a query that sees no key gets 0 here, and
+    the average of `value` in jax.nn; and `implementation` takes this package's names (None, "fa4",
+    "reference").
+
+    Args:
+      query: [B, T, N, D], or [T, N, D].
+      key: [B, S, K, D], or [S, K, D].
+      value: [B, S, K, V], or [S, K, V].
+      bias: [B, N, T, S] or broadcastable to it, leading axes may be missing: added to the scaled
+        logits. Differentiable. Reference only.
+      mask: bool, shaped as bias: True where a query may see a key. Reference only.
+      scale: `flash_attention`'s softmax_scale.
+      is_causal: query i sees keys j <= i.
+      query_seq_lengths: as in `flash_attention`.
+      key_value_seq_lengths: as in `flash_attention`.
+      local_window_size: (left, right), both inclusive; an int w is (w, w).
+      implementation: as in `flash_attention`.
+      return_residual: return (out, residual): the lse as [B, T, N] (or [T, N]) in query's dtype,
+        without a gradient, as in jax.nn. `flash_attention(return_lse=True)` has the differentiable
+        fp32 one.
+      softcap: as in `flash_attention`; applied after the bias.
+      sinks: as in `flash_attention`.
+      q_segment_ids: as in `flash_attention`.
+      kv_segment_ids: as in `flash_attention`.
+      kv_start: as in `flash_attention`.
+      kv_end: as in `flash_attention`.
+      deterministic: as in `flash_attention`.
+
+    Returns:
+      [B, T, N, V] in query's dtype, and the residual if asked for.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError, LibraryError: as `flash_attention`.
+    """
+    is_pair = isinstance(local_window_size, (tuple, list))
+    options = _Options(
+        softmax_scale=scale,
+        causal=is_causal,
+        window_size=local_window_size if is_pair else (local_window_size, local_window_size),
+        softcap=softcap,
+        sinks=sinks,
+        q_segment_ids=q_segment_ids,
+        kv_segment_ids=kv_segment_ids,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        kv_start=kv_start,
+        kv_end=kv_end,
+        return_lse=return_residual,
+        deterministic=deterministic,
+        implementation=implementation,
+        bias=bias,
+        mask=mask,
+        names=_JAX_NN_NAMES,
+    )
+    out, lse = _plan(_as_arrays(options, query, key, value), options).run()
+    if not options.return_lse:
+        return out
+    return out, jax.lax.stop_gradient(jnp.swapaxes(lse, -1, -2).astype(out.dtype))
+
+
+def is_supported(q: Any, k: Any, v: Any, **options: Unpack[AllFlashOptions]) -> Support:
+    """Whether `flash_attention(q, k, v, **options, implementation="fa4")` would run in this
+    process.
+
+    Args:
+      q, k, v: as in `flash_attention`; `jax.ShapeDtypeStruct`s will do.
+      **options: as in `flash_attention`. `implementation` is ignored.
+
+    Returns:
+      `Support(ok, reasons)`: the reasons name what the kernels lack for this call, then what this
+      process lacks (a CUDA device, its architecture, the library).
+
+    Raises:
+      TypeError, ValueError: the call is malformed, so it is a mistake rather than unsupported.
+    """
+    plan, reasons = _plan_or_reasons(q, k, v, options)
+    reasons += plan.reasons if plan else ()
+    reasons += _process_reasons()
+    return Support(not reasons, reasons)
+
+
+def explain(q: Any, k: Any, v: Any, **options: Unpack[AllFlashOptions]) -> str:
+    """What `flash_attention(q, k, v, **options)` would run in this process, and why.
+
+    Takes what `is_supported` takes; `implementation` counts.
+    """
+    plan, refusals = _plan_or_reasons(q, k, v, options)
+    if plan is None:
+        return f"raises NotImplementedError: {'; '.join(refusals)}"
+    if plan.implementation == REFERENCE:
+        return 'reference: implementation="reference"'
+    reasons = plan.reasons + _process_reasons()
+    if not reasons:
+        arguments = plan.q.dtype, (plan.q.shape[-1], plan.v.shape[-1])
+        forward = _primitives.kernel_names((Kernel.forward,), *arguments)
+        missing = _primitives.missing_kernels(_primitives.BACKWARD_KERNELS, *arguments)
+        backward = missing or _primitives.kernel_names(_primitives.BACKWARD_KERNELS, *arguments)
+        return f"fa4: {', '.join(forward)}; gradient: {', '.join(backward)}"
+    if plan.implementation == KERNELS:
+        return f"raises NotImplementedError: {'; '.join(reasons)}"
+    return f"reference: {'; '.join(reasons)}"
+
+
+def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What `jax.export.export(..., disabled_checks=...)` needs to let our custom calls through.
+
+    JAX vouches only for its own targets. Ours carry a version in their name.
+    """
+    return [
+        jax.export.DisabledSafetyCheck.custom_call(_variants.target_name(kernel))
+        for kernel in Kernel
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Options:
+    """`flash_attention`'s keywords with their defaults, `dot_product_attention`'s two arrays, and
+    how the caller's function names the arguments."""
+
+    softmax_scale: Any = None
+    causal: Any = False
+    causal_alignment: Any = TOP_LEFT
+    window_size: Any = (None, None)
+    softcap: Any = None
+    sinks: Any = None
+    q_segment_ids: Any = None
+    kv_segment_ids: Any = None
+    query_seq_lengths: Any = None
+    key_value_seq_lengths: Any = None
+    kv_start: Any = None
+    kv_end: Any = None
+    return_lse: Any = False
+    deterministic: Any = False
+    implementation: Any = None
+    bias: Any = None
+    mask: Any = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def name(self, argument: str) -> str:
+        return self.names.get(argument, argument)
+
+
+_JAX_NN_NAMES = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "softmax_scale": "scale",
+    "causal": "is_causal",
+    "window_size": "local_window_size",
+    "return_lse": "return_residual",
+}
+
+_Operand = Array | jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """A checked call. `q`, `k`, `v` have a batch axis; `reasons` say why the kernels can't serve
+    it."""
+
+    q: Any
+    k: Any
+    v: Any
+    spec: AttentionSpec
+    extras: Extras
+    implementation: str | None
+    reasons: tuple[str, ...]
+    has_batch: bool
+
+    def run(self) -> tuple[Array, Array]:
+        """(out, lse), without the batch axis if the caller's arrays had none."""
+        if self.reasons and self.implementation == KERNELS:
+            raise NotImplementedError(
+                f'fa4_jax: implementation="fa4" can\'t run this call: {"; ".join(self.reasons)}; '
+                "use implementation=None, which falls back to the reference"
+            )
+        if self.reasons and self.implementation is None:
+            _reference.warn_fallback(self.reasons)
+        use_kernels = self.implementation != REFERENCE and not self.reasons
+        q, spec = _fold_scale(self.q, self.spec)
+        results = _autodiff.attention(spec, use_kernels, q, self.k, self.v, self.extras)
+        return results if self.has_batch else (results[0][0], results[1][0])
+
+
+def _fold_scale(q: Array, spec: AttentionSpec) -> tuple[Array, AttentionSpec]:
+    """Kernels take a scale > 0: a sign goes into q, exactly, and scale 0 is that of all-zero
+    logits."""
+    scale = spec.softmax_scale
+    if np.float32(scale) > 0:
+        return q, spec
+    if np.float32(scale) == 0:
+        return jnp.zeros_like(q), dataclasses.replace(spec, softmax_scale=1.0)
+    return -q, dataclasses.replace(spec, softmax_scale=-scale)
+
+
+def _plan_or_reasons(
+    q: Any, k: Any, v: Any, options: Mapping[str, Any]
+) -> tuple[_Plan | None, tuple[str, ...]]:
+    parsed = _Options(**options)
+    try:
+        return _plan(_as_arrays(parsed, q, k, v, allow_shapes=True), parsed), ()
+    except NotImplementedError as error:
+        return None, (str(error).removeprefix("fa4_jax: "),)
+
+
+def _process_reasons() -> tuple[str, ...]:
+    if jax.default_backend() != "gpu":
+        return (f"the default backend is {jax.default_backend()!r}, and the kernels are CUDA's",)
+    return _primitives.device_reasons() or _primitives.library_reasons()
+
+
+def _plan(operands: tuple[_Operand, _Operand, _Operand], options: _Options) -> _Plan:
+    """Check everything, once."""
+    _check_operands(options, *operands)
+    has_batch = len(operands[0].shape) == 4
+    q, k, v = operands if has_batch else (_add_batch(x) for x in operands)
+    one_of(options.implementation, IMPLEMENTATIONS, "implementation")
+    one_of(options.causal_alignment, (TOP_LEFT, BOTTOM_RIGHT), "causal_alignment")
+    causal = static_flag(options.causal, options.name("causal"))
+    static_flag(options.return_lse, options.name("return_lse"))
+    deterministic = static_flag(options.deterministic, "deterministic")
+    window_left, window_right = normalise_window(
+        options.window_size, causal, options.name("window_size")
+    )
+    is_band = window_left is not None or window_right is not None
+    spec = AttentionSpec(
+        softmax_scale=normalise_scale(
+            options.softmax_scale, q.shape[-1], options.name("softmax_scale")
+        ),
+        window_left=window_left,
+        window_right=window_right,
+        alignment=options.causal_alignment if is_band else TOP_LEFT,
+        softcap=normalise_softcap(options.softcap),
+        require_kernel=options.implementation == KERNELS,
+    )
+    _check_not_yet(options)
+    extras = _extras(options, q, k, has_batch)
+    reasons = _primitives.missing_kernels((Kernel.forward,), q.dtype, (q.shape[-1], v.shape[-1]))
+    unserved = {"deterministic=True": deterministic, "softcap": options.softcap is not None} | {
+        name: getattr(options, name) is not None for name in _REFERENCE_ARRAYS
+    }
+    reasons += tuple(
+        f"{name} isn't in the kernels yet" for name, given in unserved.items() if given
+    )
+    return _Plan(
+        q=q,
+        k=k,
+        v=v,
+        spec=spec,
+        extras=extras,
+        implementation=options.implementation,
+        reasons=reasons,
+        has_batch=has_batch,
+    )
+
+
+_REFERENCE_ARRAYS = (
+    "query_seq_lengths",
+    "key_value_seq_lengths",
+    "kv_start",
+    "kv_end",
+    "bias",
+    "mask",
+)
+_NOT_YET = ("sinks", "q_segment_ids", "kv_segment_ids")
+
+
+def _check_not_yet(options: _Options) -> None:
+    given = [name for name in _NOT_YET if getattr(options, name) is not None]
+    if given:
+        raise NotImplementedError(f"fa4_jax: {' and '.join(given)}: not implemented yet; pass None")
+    lengths = [
+        n for n in ("query_seq_lengths", "key_value_seq_lengths") if getattr(options, n) is not None
+    ]
+    if lengths and options.causal_alignment == BOTTOM_RIGHT:
+        raise NotImplementedError(
+            f"fa4_jax: {lengths[0]}: not implemented with causal_alignment={BOTTOM_RIGHT!r}; "
+            f"use {TOP_LEFT!r}, or kv_start and kv_end"
+        )
+
+
+def _as_arrays(options: _Options, q: Any, k: Any, v: Any, allow_shapes: bool = False) -> tuple:
+    return tuple(
+        _as_array(options.name(n), x, allow_shapes) for n, x in (("q", q), ("k", k), ("v", v))
+    )
+
+
+def _as_array(name: str, x: Any, allow_shapes: bool = False) -> Any:
+    if isinstance(x, jax.Array) or (allow_shapes and isinstance(x, jax.ShapeDtypeStruct)):
+        return x
+    is_numpy = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
+    if not (is_numpy or hasattr(x, "__jax_array__")):
+        kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
+        got = f"numpy.ndarray of {x.dtype}" if isinstance(x, np.ndarray) else kind
+        raise TypeError(message(name, got, "a jax.Array or a numeric numpy.ndarray"))
+    return jnp.asarray(x)
+
+
+def _add_batch(x: _Operand) -> _Operand:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
+    return x[None]
+
+
+def _check_operands(options: _Options, q: _Operand, k: _Operand, v: _Operand) -> None:
+    """dtypes, ranks and shapes of q, k, v, before anything is done with them."""
+    names = tuple(map(options.name, "qkv"))
+    for name, x in zip(names, (q, k, v), strict=True):
+        _check_dtype(name, x.dtype)
+        if len(x.shape) not in (3, 4):
+            expected = "rank 4 [batch, length, heads, head_dim] or rank 3 without batch"
+            raise ValueError(message(name, f"rank {len(x.shape)}, shape {x.shape}", expected))
+    for name, x in zip(names[1:], (k, v), strict=True):
+        if x.dtype != q.dtype:
+            raise ValueError(
+                message(name, f"dtype {x.dtype.name}", f"{names[0]}'s dtype {q.dtype.name}")
+            )
+        if len(x.shape) != len(q.shape):
+            shapes = f"rank {len(x.shape)}, shape {x.shape}"
+            raise ValueError(
+                message(name, shapes, f"{names[0]}'s rank {len(q.shape)} (shape {q.shape})")
+            )
+    _check_shapes(names, q.shape, k.shape, v.shape)
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(message(name, f"dtype {dtype}", "a floating dtype", "cast to bfloat16"))
+    if dtype.itemsize < 2:
+        raise NotImplementedError(
+            message(
+                name,
+                f"dtype {dtype.name}",
+                "bfloat16, float16, float32 or float64",
+                "cast to bfloat16",
+            )
+        )
+
+
+def _check_shapes(names: tuple[str, ...], q: tuple, k: tuple, v: tuple) -> None:
+    q_name, k_name, v_name = names
+
+    def same(
+        name: str, shape: tuple, axis: int, other_name: str, other: tuple, dimension: str
+    ) -> None:
+        if shape[axis] != other[axis]:
+            expected = f"{dimension} {other[axis]} as in {other_name}, shape {other}"
+            raise ValueError(message(name, f"{dimension} {shape[axis]} in shape {shape}", expected))
+
+    for name, shape in zip(names, (q, k, v), strict=True):
+        if any(isinstance(size, int) and size > _variants.MAX_DIMENSION for size in shape):
+            raise ValueError(
+                message(name, f"shape {shape}", f"dimensions <= {_variants.MAX_DIMENSION}")
+            )
+        if not all(isinstance(size, int) for size in shape[-3:]):
+            raise NotImplementedError(
+                message(
+                    name,
+                    f"shape {shape}",
+                    "static length, heads and head_dim",
+                    "only batch may be symbolic",
+                )
+            )
+        for axis, dimension in ((-2, "heads"), (-1, "head_dim")):
+            if shape[axis] == 0:
+                raise ValueError(
+                    message(name, f"{dimension} 0 in shape {shape}", f"{dimension} >= 1")
+                )
+    if len(q) == 4:
+        same(k_name, k, 0, q_name, q, "batch size")
+        same(v_name, v, 0, q_name, q, "batch size")
+    same(k_name, k, -1, q_name, q, "head_dim")
+    same(v_name, v, -3, k_name, k, "length")
+    same(v_name, v, -2, k_name, k, "heads")
+    if q[-2] % k[-2]:
+        expected = f"a multiple of {k_name}'s {k[-2]} heads, shape {k}"
+        raise ValueError(message(q_name, f"{q[-2]} heads in shape {q}", expected))
+
+
+def _extras(options: _Options, q: _Operand, k: _Operand, has_batch: bool) -> Extras:
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k = k.shape[1]
+    scores = (batch, heads, seqlen_q, seqlen_k)
+    q_lengths = _integers(options, "query_seq_lengths", (batch,))
+    kv_lengths = _integers(options, "key_value_seq_lengths", (batch,))
+    rows = (batch, seqlen_q)
+    kv_start = _integers(options, "kv_start", rows, has_batch)
+    kv_end = _integers(options, "kv_end", rows, has_batch)
+    if kv_lengths is not None:
+        limit = jnp.broadcast_to(kv_lengths[:, None], rows)
+        kv_end = limit if kv_end is None else jnp.minimum(kv_end, limit)
+    if q_lengths is not None:
+        limit = jnp.where(jnp.arange(seqlen_q) < q_lengths[:, None], seqlen_k, 0)
+        kv_end = limit if kv_end is None else jnp.minimum(kv_end, limit)
+    return Extras(
+        bias=_score_array(options, "bias", scores, has_batch),
+        mask=_score_array(options, "mask", scores, has_batch),
+        kv_start=kv_start,
+        kv_end=kv_end,
+    )
+
+
+def _integers(options: _Options, name: str, shape: tuple, has_batch: bool = True) -> Array | None:
+    """An integer array of `shape` (without its batch axis if the call has none), as int32."""
+    value = getattr(options, name)
+    if value is None:
+        return None
+    x = _as_array(name, value)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(message(name, f"dtype {x.dtype}", "an integer dtype"))
+    expected = shape if has_batch else shape[1:]
+    if x.shape != expected:
+        raise ValueError(message(name, f"shape {x.shape}", f"shape {expected}"))
+    bound = min(np.iinfo(np.int32).max, np.iinfo(x.dtype).max)
+    return jnp.clip(x, 0, bound).astype(jnp.int32).reshape(shape)
+
+
+def _score_array(options: _Options, name: str, shape: tuple, has_batch: bool) -> Array | None:
+    """`bias` or `mask`: broadcastable to `shape` axis by axis, returned with its four axes."""
+    value = getattr(options, name)
+    if value is None:
+        return None
+    x = _as_array(name, value)
+    kind, kind_name = (np.bool_, "bool") if name == "mask" else (jnp.floating, "a floating dtype")
+    if not jnp.issubdtype(x.dtype, kind):
+        raise TypeError(message(name, f"dtype {x.dtype}", kind_name))
+    if x.ndim < 4:
+        x = x[(None,) * (4 - x.ndim)]
+    if x.ndim != 4 or any(size not in (1, full) for size, full in zip(x.shape, shape, strict=True)):
+        expected = f"{shape if has_batch else shape[1:]} or 1 in place of a size"
+        raise ValueError(message(name, f"shape {x.shape}", expected))
+    return x

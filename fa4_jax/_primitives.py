@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forward and backward primitives: abstract evaluation, lowering, batching.
+
+Each has one static parameter, the `AttentionSpec`. Lowered for CUDA, `forward` is one FFI call and
+`backward` three, with every workspace an extra result that XLA allocates; shapes, dtypes,
+attributes and aliases all come from `_variants.SIGNATURES`. Lowered for anything else they are the
+reference, so that one traced program runs anywhere and exports for several platforms. Nothing here
+asks which GPU a program will run on: C++ chooses the architecture when it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fa4_jax import _ffi, _reference, _variants
+from fa4_jax._spec import AttentionSpec
+from fa4_jax._variants import SIGNATURES, Buffer, DType, Kernel
+
+BACKWARD_KERNELS = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
+
+forward_p = Primitive("fa4_forward")
+"""(q, k, v) -> (out, lse)"""
+backward_p = Primitive("fa4_backward")
+"""(q, k, v, out, lse, dout, dlse) -> (dq, dk, dv)"""
+
+_IO_DTYPES = {dtype.numpy_name: dtype for dtype in (DType.bf16, DType.f16)}
+_SCALAR_TYPES = {"f32": np.float32, "i32": np.int32}
+
+
+def missing_kernels(
+    kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
+) -> tuple[str, ...]:
+    """Why the table can't serve `kernels` for this dtype and (head_dim, head_dim_v); empty if it
+    can."""
+    io_dtype = _IO_DTYPES.get(np.dtype(dtype).name)
+    if io_dtype is None:
+        return (f"dtype {np.dtype(dtype).name} has no kernel (built: {', '.join(_IO_DTYPES)})",)
+    for kernel in kernels:
+        built = _variants.built_head_dims(kernel, io_dtype)
+        if head_dims not in built:
+            choices = ", ".join(map(_head_dims_text, built)) or "none"
+            got = _head_dims_text(head_dims)
+            return (f"head_dim {got} has no {io_dtype} {kernel} kernel (built: {choices})",)
+    return ()
+
+
+def _head_dims_text(head_dims: tuple[int, int]) -> str:
+    return str(head_dims[0]) if head_dims[0] == head_dims[1] else f"{head_dims[0]}/{head_dims[1]}"
+
+
+def kernel_names(
+    kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
+) -> tuple[str, ...]:
+    """The arch-free names that a lowered program carries, e.g. `forward_bf16_d128`."""
+    io_dtype = _IO_DTYPES[np.dtype(dtype).name]
+    return tuple(_variants.kernel_key(kernel, io_dtype, *head_dims) for kernel in kernels)
+
+
+def device_reasons() -> tuple[str, ...]:
+    """Why this process' own GPUs can't run what is built; empty if they can, or if it sees no
+    GPU."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return ()
+    built = {"{}.{}".format(*v.arch.compute_capability) for v in _variants.VARIANTS}
+    unknown = sorted({d.compute_capability for d in devices} - built)
+    if not unknown:
+        return ()
+    got, choices = ", ".join(unknown), ", ".join(sorted(built))
+    return (f"compute capability {got} has no kernel (built: {choices})",)
+
+
+def library_reasons() -> tuple[str, ...]:
+    """Why the kernel library can't be used; empty once its targets are registered."""
+    try:
+        _ffi.register()
+    except _ffi.LibraryError as error:
+        return (str(error),)
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """Sizes and mesh axes of one problem's dimensions, by the letters of `_variants`."""
+
+    sizes: Mapping[str, int]
+    axes: Mapping[str, object]
+    like: ShapedArray
+
+    @classmethod
+    def of(cls, q: ShapedArray, k: ShapedArray, v: ShapedArray) -> _Problem:
+        sizes, axes = {}, {}
+        for buffer, aval in zip(SIGNATURES[Kernel.forward].operands, (q, k, v), strict=True):
+            for letter, size, axis in zip(buffer.dims, aval.shape, aval.sharding.spec, strict=True):
+                sizes.setdefault(letter, size)
+                axes.setdefault(letter, axis)
+        sizes["R"] = _variants.round_up(sizes["T"], _variants.ROW_MULTIPLE)
+        sizes["E"] = _variants.round_up(sizes["D"], _variants.HEAD_DIM_MULTIPLE)
+        return cls(sizes, axes, q)
+
+    def aval(self, buffer: Buffer) -> ShapedArray:
+        """The type of `buffer`. Built from q's, it varies over the same manual mesh axes as q."""
+        spec = P(*(self.axes.get(letter) for letter in buffer.dims))
+        return self.like.update(
+            shape=tuple(self.sizes[letter] for letter in buffer.dims),
+            dtype=np.dtype(buffer.dtype.numpy_name) if buffer.dtype else self.like.dtype,
+            weak_type=False,
+            sharding=NamedSharding(self.like.sharding.mesh, spec),
+        )
+
+    def launch(self, kernel: Kernel, spec: AttentionSpec, *operands: Array) -> Sequence[Array]:
+        """One FFI call of `kernel`, all operands and results row-major."""
+        signature = SIGNATURES[kernel]
+        band_lower, band_upper = spec.band(self.sizes["T"], self.sizes["S"])
+        values = {
+            "softmax_scale": spec.softmax_scale,
+            "band_lower": band_lower,
+            "band_upper": band_upper,
+        }
+        call = jax.ffi.ffi_call(
+            _variants.target_name(kernel),
+            [self.aval(buffer) for buffer in signature.results],
+            input_output_aliases=signature.aliases,
+        )
+        (name,) = kernel_names((kernel,), self.like.dtype, (self.sizes["D"], self.sizes["V"]))
+        scalars = {s.name: _SCALAR_TYPES[s.kind](values[s.name]) for s in signature.scalars}
+        return call(*operands, kernel=name, **scalars)
+
+
+def _forward_abstract(q, k, v, *, spec: AttentionSpec) -> list[ShapedArray]:
+    del spec
+    _check_varying("fa4_forward", q, k, v)
+    out, lse = map(_Problem.of(q, k, v).aval, SIGNATURES[Kernel.forward].results)
+    return [out, lse.update(dtype=_reference.lse_dtype(q.dtype))]
+
+
+def _backward_abstract(q, k, v, *rest, spec: AttentionSpec) -> list[ShapedArray]:
+    del spec
+    _check_varying("fa4_backward", q, k, v, *rest)
+    return [x.update(weak_type=False) for x in (q, k, v)]
+
+
+def _check_varying(name: str, *avals: ShapedArray) -> None:
+    if len({aval.manual_axis_type.varying for aval in avals}) > 1:
+        raise ValueError(f"fa4_jax: operands of {name} vary over different mesh axes: {avals}")
+
+
+def _forward_kernels(q: Array, k: Array, v: Array, *, spec: AttentionSpec) -> Sequence[Array]:
+    if _reference.is_empty(q, k):
+        return _reference.forward(spec, q, k, v)
+    problem = _Problem.of(*map(jax.typeof, (q, k, v)))
+    return problem.launch(Kernel.forward, spec, q, k, v)
+
+
+def _forward_reference(q: Array, k: Array, v: Array, *, spec: AttentionSpec) -> Sequence[Array]:
+    return _reference.forward(spec, q, k, v)
+
+
+def _backward_kernels(q, k, v, out, lse, dout, dlse, *, spec: AttentionSpec) -> Sequence[Array]:
+    if _reference.is_empty(q, k):
+        return _backward_reference(q, k, v, out, lse, dout, dlse, spec=spec)
+    launch = _Problem.of(*map(jax.typeof, (q, k, v))).launch
+    dpsum, lse_log2, dq_accum = launch(Kernel.backward_preprocess, spec, out, dout, lse, dlse)
+    dk, dv, dq_accum = launch(Kernel.backward, spec, q, k, v, dout, lse_log2, dpsum, dq_accum)
+    (dq,) = launch(Kernel.backward_postprocess, spec, dq_accum)
+    return dq, dk, dv
+
+
+def _backward_reference(q, k, v, out, lse, dout, dlse, *, spec: AttentionSpec) -> Sequence[Array]:
+    return _reference.backward(spec, (q, k, v), (out, lse), (dout, dlse))[:3]
+
+
+def _lower_kernels(kernels: Callable, reference: Callable) -> Callable:
+    """The CUDA rule: the kernels, or the reference where this process can't have them."""
+
+    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec):
+        if spec.require_kernel:
+            _ffi.register()
+        # An exported program runs elsewhere, so this process' GPUs say nothing about it.
+        exporting = ctx.module_context.lowering_parameters.for_export
+        reasons = () if exporting else device_reasons()
+        if spec.require_kernel and reasons:
+            raise NotImplementedError(f'fa4_jax: implementation="fa4": {"; ".join(reasons)}')
+        if not spec.require_kernel:
+            reasons += library_reasons()
+        if reasons:
+            _reference.warn_fallback(reasons)
+        chosen = reference if reasons else kernels
+        return mlir.lower_fun(chosen, multiple_results=True)(ctx, *operands, spec=spec)
+
+    return rule
+
+
+def _lower_reference(reference: Callable) -> Callable:
+    """The rule of every platform but CUDA."""
+
+    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec):
+        platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+        if spec.require_kernel:
+            raise NotImplementedError(
+                f'fa4_jax: implementation="fa4": got a program for platform {platforms}, expected '
+                'cuda; use implementation=None, which runs the reference there, or "reference"'
+            )
+        _reference.warn_fallback(
+            (f"the program is for platform {platforms}, and the kernels are CUDA's",)
+        )
+        return mlir.lower_fun(reference, multiple_results=True)(ctx, *operands, spec=spec)
+
+    return rule
+
+
+def _fold_batch(primitive: Primitive, operands, axes, *, spec: AttentionSpec):
+    """vmap: the mapped axis joins the batch, which leads in every operand and result."""
+    mapped = ((x, axis) for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    size = next(x.shape[axis] for x, axis in mapped)
+
+    def lead(x: Array, axis: int | None) -> Array:
+        return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+
+    operands = list(map(lead, operands, axes))
+    batch = operands[0].shape[1]
+    results = primitive.bind(*(x.reshape(size * batch, *x.shape[2:]) for x in operands), spec=spec)
+    return [x.reshape(size, batch, *x.shape[1:]) for x in results], [0] * len(results)
+
+
+def _define(
+    primitive: Primitive, abstract: Callable, kernels: Callable, reference: Callable
+) -> None:
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract)
+    # Outside jit, a call is a jitted one: compiled once for each shape and spec.
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="spec"))
+    mlir.register_lowering(primitive, _lower_kernels(kernels, reference), platform="cuda")
+    mlir.register_lowering(primitive, _lower_reference(reference))
+    batching.primitive_batchers[primitive] = functools.partial(_fold_batch, primitive)
+
+
+_define(forward_p, _forward_abstract, _forward_kernels, _forward_reference)
+_define(backward_p, _backward_abstract, _backward_kernels, _backward_reference)
