@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -332,6 +332,7 @@ class BackwardSm90:
             dpsum=storage.dpsum.get_tensor(rows),
         )
 
+    @cute.jit
     def tile(self, tma: Tma, softmax_scale: Float32, band_lower: Int32, band_upper: Int32) -> Tile:
         """Decode this CTA's tile. Key tiles of a head are neighbours, so that its q and dout stay in
         the L2; under a causal band the first, longest ones start first."""
@@ -342,12 +343,16 @@ class BackwardSm90:
         n_block = block % n_blocks
         first = n_block * self.tile_n
         last = cutlass.min(first + self.tile_n, seqlen_k) - 1
+        blocks = visible_blocks(first, last, -band_upper, -band_lower, seqlen_q, self.tile_m)
+        # Past seqlen_k, k is 0 and p may be inf: without a mask, dq would get inf * 0.
+        if first + self.tile_n > seqlen_k:
+            blocks = blocks._replace(full_end=Int32(0))
         return Tile(
             n_block=n_block,
             kv_head=block // n_blocks % kv_heads,
             group=heads // kv_heads,
             batch=block // (n_blocks * kv_heads),
-            blocks=visible_blocks(first, last, -band_upper, -band_lower, seqlen_q, self.tile_m),
+            blocks=blocks,
             softmax_scale=softmax_scale,
             band_lower=band_lower,
             band_upper=band_upper,
@@ -453,61 +458,69 @@ class BackwardSm90:
             v_consumer.wait()
             ds_stage = Int32(0)
             for _ in cutlass.range(tile.group, unroll=1):
-                for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
-                    scores = accumulator(mma.scores, tile_nm)
-                    dp = accumulator(mma.scores, tile_nm)
-                    q_slot = q_consumer.wait_and_advance()
-                    issue_gemm(
-                        mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True
-                    )
-                    dout_slot = dout_consumer.wait_and_advance()
-                    issue_gemm(
-                        mma.scores, dp, f_v, f_dout[None, None, None, dout_slot.index], zero=True
-                    )
-                    lse_log2 = cute.make_rmem_tensor(s_lse[None, 0].shape, Float32)
-                    cute.autovec_copy(s_lse[None, q_slot.index], lse_log2)
-                    warpgroup.wait_group(1)
-                    self.mask(rows_and_columns(scores), coords, m, tile)
-                    self.probabilities(rows_and_columns(scores), lse_log2, scale_log2)
-                    p = to_16_bit(scores, self.dtype)
-                    dpsum = cute.make_rmem_tensor(s_dpsum[None, 0].shape, Float32)
-                    cute.autovec_copy(s_dpsum[None, dout_slot.index], dpsum)
-                    warpgroup.wait_group(0)
-                    self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
-                    ds = to_16_bit(scores, self.dtype)
-                    issue_gemm(
-                        mma.dv,
-                        dv,
-                        as_a_operand(p),
-                        f_dout_t[None, None, None, dout_slot.index],
-                        zero=False,
-                    )
-                    cute.copy(ds_copy, ds_copy.retile(ds), s_ds[None, None, None, ds_stage])
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.barrier(
-                        barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
-                    )
-                    dq = accumulator(mma.dq, (self.tile_m, self.head_dim))
-                    issue_gemm(mma.dq, dq, f_ds_t[None, None, None, ds_stage], f_k_t, zero=True)
-                    issue_gemm(
-                        mma.dk,
-                        dk,
-                        as_a_operand(ds),
-                        f_q_t[None, None, None, q_slot.index],
-                        zero=False,
-                    )
-                    warpgroup.wait_group(2)
-                    dout_slot.release()
-                    warpgroup.wait_group(1)
-                    cute.arch.barrier(barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32)
-                    cute.autovec_copy(dq, s_dq)
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.barrier_arrive(
-                        barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32
-                    )
-                    warpgroup.wait_group(0)
-                    q_slot.release()
-                    ds_stage = ds_stage ^ 1
+                for first, end, masked in blocks.segments(blocks.end):
+                    for m in cutlass.range(first, end, unroll=1):
+                        scores = accumulator(mma.scores, tile_nm)
+                        dp = accumulator(mma.scores, tile_nm)
+                        q_slot = q_consumer.wait_and_advance()
+                        issue_gemm(
+                            mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True
+                        )
+                        dout_slot = dout_consumer.wait_and_advance()
+                        issue_gemm(
+                            mma.scores,
+                            dp,
+                            f_v,
+                            f_dout[None, None, None, dout_slot.index],
+                            zero=True,
+                        )
+                        lse_log2 = cute.make_rmem_tensor(s_lse[None, 0].shape, Float32)
+                        cute.autovec_copy(s_lse[None, q_slot.index], lse_log2)
+                        warpgroup.wait_group(1)
+                        if const_expr(masked):
+                            self.mask(rows_and_columns(scores), coords, m, tile)
+                        self.probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                        p = to_16_bit(scores, self.dtype)
+                        dpsum = cute.make_rmem_tensor(s_dpsum[None, 0].shape, Float32)
+                        cute.autovec_copy(s_dpsum[None, dout_slot.index], dpsum)
+                        warpgroup.wait_group(0)
+                        self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
+                        ds = to_16_bit(scores, self.dtype)
+                        issue_gemm(
+                            mma.dv,
+                            dv,
+                            as_a_operand(p),
+                            f_dout_t[None, None, None, dout_slot.index],
+                            zero=False,
+                        )
+                        cute.copy(ds_copy, ds_copy.retile(ds), s_ds[None, None, None, ds_stage])
+                        cute.arch.fence_view_async_shared()
+                        cute.arch.barrier(
+                            barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
+                        )
+                        dq = accumulator(mma.dq, (self.tile_m, self.head_dim))
+                        issue_gemm(mma.dq, dq, f_ds_t[None, None, None, ds_stage], f_k_t, zero=True)
+                        issue_gemm(
+                            mma.dk,
+                            dk,
+                            as_a_operand(ds),
+                            f_q_t[None, None, None, q_slot.index],
+                            zero=False,
+                        )
+                        warpgroup.wait_group(2)
+                        dout_slot.release()
+                        warpgroup.wait_group(1)
+                        cute.arch.barrier(
+                            barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32
+                        )
+                        cute.autovec_copy(dq, s_dq)
+                        cute.arch.fence_view_async_shared()
+                        cute.arch.barrier_arrive(
+                            barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32
+                        )
+                        warpgroup.wait_group(0)
+                        q_slot.release()
+                        ds_stage = ds_stage ^ 1
 
         dk.store(dk.load() * tile.softmax_scale)
         self.epilogue(thread, mma, smem, tile, tma, (dk, dv))
@@ -534,13 +547,11 @@ class BackwardSm90:
 
     @cute.jit
     def mask(self, scores: cute.Tensor, coords: cute.Tensor, m: Int32, tile: Tile):
-        """Mask query tile m if any of it is outside the band, or some key is past seqlen_k: p of a key
-        past the end could be inf, and dq would get inf * 0."""
+        """Mask what the band and the sequences' ends leave out of query tile m."""
         m_start, n_start = m * self.tile_m, tile.n_block * self.tile_n
-        if tile.blocks.needs_mask(m) | (n_start + self.tile_n > tile.seqlen_k):
-            shift = n_start - m_start
-            extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
-            mask_scores(scores, coords, shift - tile.band_upper, shift - tile.band_lower, extent)
+        shift = n_start - m_start
+        extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
+        mask_scores(scores, coords, shift - tile.band_upper, shift - tile.band_lower, extent)
 
     @cute.jit
     def probabilities(self, scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):

@@ -292,9 +292,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--report", action="store_true", help="shared memory, spilling lines, hashes"
     )
     parser.add_argument("--digest", action="store_true", help="print the sha256 of each row's PTX")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
     options = parser.parse_args(arguments)
 
     variants = select(options.only, options.arch)
+    if options.list:
+        print("\n".join(variant.name for variant in variants))
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     reports: dict[str, Report] = {}
     failures: list[Failure] = []

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, cute, pipeline
+from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -327,33 +327,37 @@ class ForwardSm90:
             self.pass_turn(group)
             warpgroup.wait_group(0)
             k_slot.release()
-            self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile)
+            if blocks.needs_mask(blocks.end - 1):
+                self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile)
             online_softmax(softmax, rows_and_columns(scores), scale_log2)
             probabilities = to_16_bit(scores, self.dtype)
 
-            for i in cutlass.range(blocks.end - blocks.begin - 1, unroll=1):
-                n = blocks.end - 2 - i
-                scores = cute.make_rmem_tensor(scores_shape, Float32)
-                k_slot = k_consumer.wait_and_advance()
-                self.wait_turn(group)
-                issue_gemm(mma.scores, scores, f_q, f_k[None, None, None, k_slot.index], zero=True)
-                v_slot = v_consumer.wait_and_advance()
-                issue_gemm(
-                    mma.out,
-                    acc,
-                    as_a_operand(probabilities),
-                    f_v[None, None, None, v_slot.index],
-                    zero=False,
-                )
-                self.pass_turn(group)
-                warpgroup.wait_group(1)
-                k_slot.release()
-                self.mask(rows_and_columns(scores), coords, n, tile)
-                online_softmax(softmax, rows_and_columns(scores), scale_log2)
-                warpgroup.wait_group(0)
-                v_slot.release()
-                rescale(acc_rows, softmax.decay)
-                probabilities.store(scores.load().to(self.dtype))
+            for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
+                for i in cutlass.range(end - first, unroll=1):
+                    scores = cute.make_rmem_tensor(scores_shape, Float32)
+                    k_slot = k_consumer.wait_and_advance()
+                    self.wait_turn(group)
+                    issue_gemm(
+                        mma.scores, scores, f_q, f_k[None, None, None, k_slot.index], zero=True
+                    )
+                    v_slot = v_consumer.wait_and_advance()
+                    issue_gemm(
+                        mma.out,
+                        acc,
+                        as_a_operand(probabilities),
+                        f_v[None, None, None, v_slot.index],
+                        zero=False,
+                    )
+                    self.pass_turn(group)
+                    warpgroup.wait_group(1)
+                    k_slot.release()
+                    if const_expr(masked):
+                        self.mask(rows_and_columns(scores), coords, end - 1 - i, tile)
+                    online_softmax(softmax, rows_and_columns(scores), scale_log2)
+                    warpgroup.wait_group(0)
+                    v_slot.release()
+                    rescale(acc_rows, softmax.decay)
+                    probabilities.store(scores.load().to(self.dtype))
 
             self.last_turn(group)
             v_slot = v_consumer.wait_and_advance()
@@ -378,12 +382,11 @@ class ForwardSm90:
 
     @cute.jit
     def mask(self, scores: cute.Tensor, coords: cute.Tensor, n: Int32, tile: Tile):
-        """Mask key tile n if any of it is outside the band or past seqlen_k."""
-        if tile.blocks.needs_mask(n):
-            m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
-            shift = m_start - n_start
-            extent = (tile.seqlen_q - m_start, tile.seqlen_k - n_start)
-            mask_scores(scores, coords, tile.band_lower + shift, tile.band_upper + shift, extent)
+        """Mask what the band and seqlen_k leave out of key tile n."""
+        m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
+        shift = m_start - n_start
+        extent = (tile.seqlen_q - m_start, tile.seqlen_k - n_start)
+        mask_scores(scores, coords, tile.band_lower + shift, tile.band_upper + shift, extent)
 
     @cute.jit
     def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, acc: cute.Tensor):

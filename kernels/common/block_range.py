@@ -24,6 +24,20 @@ class BlockRange(NamedTuple):
         """Whether some element of tile `block` is outside the band or past the end."""
         return (block < self.full_begin) | (block >= self.full_end)
 
+    def segments(self, end: Int32) -> tuple[tuple[Int32, Int32, bool], ...]:
+        """[begin, end) as (first, end, masked) runs, ascending; some may be empty.
+
+        A loop per run, and not a branch around the mask: a branch while an MMA is in flight makes
+        ptxas wait for it first, and the softmax then overlaps with nothing (read in the SASS).
+        """
+        full_begin = cutlass.max(self.begin, cutlass.min(self.full_begin, end))
+        full_end = cutlass.max(full_begin, cutlass.min(self.full_end, end))
+        return (
+            (self.begin, full_begin, True),
+            (full_begin, full_end, False),
+            (full_end, end, True),
+        )
+
 
 def visible_blocks(
     first: Int32, last: Int32, lower: Int32, upper: Int32, length: Int32, tile: int
