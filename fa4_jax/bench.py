@@ -1,0 +1,533 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark attention: TFLOP/s of FA4, cuDNN and XLA on this machine.
+
+    python -m fa4_jax.bench
+    python -m fa4_jax.bench --cases 'd128-s4096*' --impl fa4,cudnn --csv out.csv --plot out.png
+
+Passes. Each (implementation, pass) is one compiled XLA program:
+
+    fwd         out = attention(q, k, v)
+    fwd_bwd     out and (dq, dk, dv) for a given dout
+    bwd         no program: fwd_bwd - fwd, round by round
+    bwd_direct  (dq, dk, dv) from the residuals of a forward that ran before; comes with bwd
+
+Method. A round enqueues a program n times without waiting, and waits once at the end; n makes a
+round last --round-ms. JAX dispatches asynchronously, so the host's work for the next call hides
+behind the device's work for this one, as long as a call takes longer than the host needs to enqueue
+it. That cost is measured with an empty program; results within twice of it are marked ~, because
+they say more about the host than about the kernel. The rounds of all implementations are
+interleaved, so that drifting clocks hit all alike. Inputs are random (zeros draw less power and run
+faster), with as many sets in turn as it takes to exceed the L2 cache. Reported are the median of
+the rounds and the distance between their quartiles.
+
+FLOPs, as the FlashAttention papers count them: forward 4 B N T S H, backward 2.5 times that, half
+when causal.
+
+Nothing is timed unchecked: results must be finite and agree with the first implementation's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import fnmatch
+import functools
+import itertools
+import json
+import math
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fa4_jax import doctor
+
+IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference")
+# What --pass can name, and the programs it takes.
+PASSES = {"fwd": {"fwd"}, "bwd": {"fwd", "fwd_bwd", "bwd_direct"}, "fwd_bwd": {"fwd_bwd"}}
+DTYPES = {"bfloat16": "", "float16": "-f16", "float32": "-f32"}
+# More than the L2 cache of a GPU (H200: 50 MB, B200: 126 MB).
+CACHE_BYTES = 256 * 2**20
+MAX_INPUT_SETS = 8
+MAX_CALLS_PER_ROUND = 2000
+# Relative L2 distance of two implementations' results above which one of them must be wrong.
+MAX_DIFFERENCE = 3e-2
+
+Arrays = tuple[jax.Array, ...]
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One self-attention problem."""
+
+    batch: int
+    seqlen: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """For example `d128-s4096-b4-h16-causal`; `h16k4` has 4 key/value heads."""
+        heads = f"h{self.heads}" + (f"k{self.kv_heads}" if self.kv_heads != self.heads else "")
+        mask = "causal" if self.causal else "full"
+        return f"d{self.head_dim}-s{self.seqlen}-b{self.batch}-{heads}-{mask}{DTYPES[self.dtype]}"
+
+    def flops(self, timed: str) -> float:
+        """Floating-point operations of one call of a pass."""
+        forward = 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
+        passes = {"fwd": 1.0, "bwd": 2.5, "bwd_direct": 2.5, "fwd_bwd": 3.5}[timed]
+        return forward * passes / (2 if self.causal else 1)
+
+    def inputs(self, seed: int) -> Arrays:
+        """Random normal (q, k, v, dout)."""
+        heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        keys = jax.random.split(jax.random.key(seed), len(heads))
+        return tuple(
+            jax.random.normal(key, (self.batch, self.seqlen, n, self.head_dim), self.dtype)
+            for key, n in zip(keys, heads, strict=True)
+        )
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One line of the table."""
+
+    case: Case
+    implementation: str
+    timed: str
+    reason: str = ""
+    """Why there is no time; empty if there is one."""
+    difference: float = math.nan
+    """Largest relative L2 distance of a result to the first implementation's."""
+    calls_per_round: int = 0
+    samples: list[float] = dataclasses.field(default_factory=list)
+    """Milliseconds per call, one for each round."""
+
+    @property
+    def milliseconds(self) -> float:
+        """Median of the rounds."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Distance between the quartiles of the rounds, in milliseconds."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return high - low
+
+    @property
+    def tflops(self) -> float:
+        """10^12 floating-point operations per second, at the median time."""
+        return self.case.flops(self.timed) / self.milliseconds / 1e9
+
+    def row(self, dispatch_ms: float) -> dict[str, Any]:
+        """What CSV and JSON keep: None where there is no time."""
+        timed = not self.reason
+        return {
+            "name": self.case.name,
+            **dataclasses.asdict(self.case),
+            "pass": self.timed,
+            "implementation": self.implementation,
+            "milliseconds": self.milliseconds if timed else None,
+            "spread_milliseconds": self.spread if timed else None,
+            "tflops": self.tflops if timed else None,
+            "flops": self.case.flops(self.timed),
+            "difference": None if math.isnan(self.difference) else self.difference,
+            "host_bound": self.milliseconds < 2 * dispatch_ms if timed else None,
+            "rounds": len(self.samples),
+            "calls_per_round": self.calls_per_round,
+            "reason": self.reason,
+        }
+
+
+class Program:
+    """A compiled function and the argument sets it is timed on."""
+
+    def __init__(self, function: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]]):
+        self.function = jax.jit(function)
+        self.argument_sets = argument_sets
+        # The CPU backend may run several enqueued calls at once, which isn't what we time.
+        self.wait_for_each = jax.default_backend() == "cpu"
+
+    def __call__(self) -> Any:
+        """Results for the first argument set."""
+        return jax.block_until_ready(self.function(*self.argument_sets[0]))
+
+    def milliseconds(self, calls: int) -> float:
+        """Time per call of `calls` calls enqueued back to back."""
+        arguments = itertools.islice(itertools.cycle(self.argument_sets), calls)
+        result = None
+        start = time.perf_counter()
+        for argument_set in arguments:
+            result = self.function(*argument_set)
+            if self.wait_for_each:
+                jax.block_until_ready(result)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) * 1e3 / calls
+
+
+def attention(implementation: str, causal: bool) -> Attention:
+    """out = f(q, k, v) of an implementation."""
+    if implementation in ("fa4", "reference"):
+        from fa4_jax import flash_attention
+
+        return functools.partial(flash_attention, causal=causal, implementation=implementation)
+    jax_nn: Callable[..., jax.Array] = jax.nn.dot_product_attention
+    return functools.partial(jax_nn, is_causal=causal, implementation=implementation)
+
+
+def build(timed: str, attend: Attention, input_sets: list[Arrays]) -> Program:
+    """The program of one pass (not of `bwd`, which is a difference)."""
+
+    def forward(q, k, v, dout):
+        return attend(q, k, v)
+
+    def forward_backward(q, k, v, dout):
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, vjp(dout)
+
+    if timed == "fwd":
+        return Program(forward, input_sets)
+    if timed == "fwd_bwd":
+        return Program(forward_backward, input_sets)
+    # A vjp function is a pytree of residuals, so one program can return it and another take it.
+    residuals = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1])
+    argument_sets = [(residuals(q, k, v), dout) for q, k, v, dout in input_sets]
+    return Program(lambda vjp, dout: vjp(dout), argument_sets)
+
+
+def relative_difference(results: Any, expected: Any) -> float:
+    """Largest relative L2 distance between the arrays of two results; NaN if one has a NaN."""
+
+    def distance(a: jax.Array, b: jax.Array) -> float:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
+
+    distances = jax.tree.leaves(jax.tree.map(distance, results, expected))
+    return math.nan if any(map(math.isnan, distances)) else max(distances)
+
+
+class Harness:
+    """Options of a run, and its clock."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.deadline = time.monotonic() + options.max_seconds
+        tiny = Program(lambda q, k, v, dout: q, [(jnp.zeros(1),) * 4])
+        tiny()
+        self.dispatch_ms = min(tiny.milliseconds(500) for _ in range(3))
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether --max-seconds are spent."""
+        return time.monotonic() > self.deadline
+
+    def run(self, cases: Iterable[Case]) -> list[Measurement]:
+        """All measurements of all cases, in the order of the table."""
+        return [measurement for case in cases for measurement in self.measure(case)]
+
+    def measure(self, case: Case) -> list[Measurement]:
+        """Compile, check and time one case."""
+        measurements = {
+            (implementation, timed): Measurement(case, implementation, timed)
+            for timed in ("fwd", "bwd", "bwd_direct", "fwd_bwd")
+            for implementation in self.options.impl
+        }
+        needed = set().union(*(PASSES[timed] for timed in self.options.passes))
+        running = self.prepare([m for m in measurements.values() if m.timed in needed])
+        self.time(case, running)
+        for implementation in self.options.impl:
+            fwd, both = (measurements[implementation, timed] for timed in ("fwd", "fwd_bwd"))
+            bwd = measurements[implementation, "bwd"]
+            bwd.reason = fwd.reason or both.reason
+            bwd.difference = both.difference
+            bwd.calls_per_round = both.calls_per_round
+            bwd.samples = [b - a for a, b in zip(fwd.samples, both.samples, strict=False)]
+            if not bwd.reason and bwd.milliseconds <= 0:
+                bwd.reason = "too noisy: fwd_bwd wasn't slower than fwd"
+        shown = {*self.options.passes, *(needed & {"bwd_direct"})}
+        return [measurement for measurement in measurements.values() if measurement.timed in shown]
+
+    def prepare(self, measurements: list[Measurement]) -> list[tuple[Measurement, Program]]:
+        """Compile, check and warm up; those that can't be timed get their reason."""
+        case = measurements[0].case
+        set_bytes = sum(x.size * x.dtype.itemsize for x in jax.eval_shape(lambda: case.inputs(0)))
+        sets = min(MAX_INPUT_SETS, math.ceil(CACHE_BYTES / set_bytes))
+        expected: dict[str, Any] = {}
+        running, input_sets = [], []
+        for measurement in measurements:
+            implementation, timed = measurement.implementation, measurement.timed
+            measurement.reason = self.skip_reason(case, implementation)
+            if measurement.reason:
+                continue
+            progress(f"{case.name}: preparing {implementation} {timed}")
+            try:
+                input_sets = input_sets or [case.inputs(seed) for seed in range(sets)]
+                program = build(timed, attention(implementation, case.causal), input_sets)
+                results = program()
+                if timed == "fwd_bwd":
+                    results = results[1]
+                kind = "out" if timed == "fwd" else "gradients"
+                measurement.difference = relative_difference(results, expected.get(kind, results))
+                if not measurement.difference <= MAX_DIFFERENCE:
+                    measurement.reason = f"wrong result: off by {measurement.difference:.2g}"
+                    continue
+                expected.setdefault(kind, results)
+                del results
+                program.milliseconds(2)
+                calls = math.ceil(self.options.round_ms / program.milliseconds(3))
+                measurement.calls_per_round = min(calls, MAX_CALLS_PER_ROUND)
+                running.append((measurement, program))
+            except Exception as error:
+                measurement.reason = one_line(error)
+        return running
+
+    def time(self, case: Case, running: list[tuple[Measurement, Program]]) -> None:
+        """Interleaved rounds. Stops early, after two, when the time is spent."""
+        for i in range(self.options.rounds):
+            if i >= 2 and self.out_of_time:
+                return
+            progress(f"{case.name}: round {i + 1} of {self.options.rounds}")
+            for measurement, program in running:
+                if measurement.reason:
+                    continue
+                try:
+                    measurement.samples.append(program.milliseconds(measurement.calls_per_round))
+                except Exception as error:
+                    measurement.reason = one_line(error)
+
+    def skip_reason(self, case: Case, implementation: str) -> str:
+        """Why not even to try, or an empty string."""
+        if self.out_of_time:
+            return f"skipped: --max-seconds {self.options.max_seconds:g} are spent"
+        gib = 4 * case.batch * case.heads * case.seqlen**2 / 2**30
+        if implementation == "xla" and gib > self.options.xla_max_gib:
+            limit = f"--xla-max-gib {self.options.xla_max_gib:g}"
+            return f"skipped: its T x S logits take {gib:.0f} GiB ({limit})"
+        return ""
+
+
+def one_line(error: Exception) -> str:
+    """An exception as a short reason."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}"
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def progress(text: str) -> None:
+    """One line on stderr; on a terminal it replaces the last one."""
+    start, end = ("\r\x1b[2K", "") if sys.stderr.isatty() else ("", "\n")
+    print(start + text, end=end, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Aligned text; `vs cudnn` is the ratio of TFLOP/s where cuDNN ran the same case and pass."""
+    cudnn = {
+        (row["name"], row["pass"]): row["tflops"]
+        for row in rows
+        if row["implementation"] == "cudnn" and row["tflops"]
+    }
+    lines = [["case", "pass", "impl", "ms", "spread", "TFLOP/s", "vs cudnn" if cudnn else ""]]
+    for row in rows:
+        line = [row["name"], row["pass"], row["implementation"]]
+        if row["reason"]:
+            lines.append([*line, row["reason"]])
+            continue
+        group = (row["name"], row["pass"])
+        lines.append(
+            [
+                *line,
+                f"{'~' if row['host_bound'] else ''}{row['milliseconds']:.4f}",
+                f"{row['spread_milliseconds'] / row['milliseconds']:.1%}",
+                f"{row['tflops']:.1f}" if row["tflops"] >= 10 else f"{row['tflops']:.4f}",
+                f"{row['tflops'] / cudnn[group]:.2f}" if group in cudnn else "",
+            ]
+        )
+    full = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(len(line[i]) for line in (lines if i < 3 else full)) for i in range(7)]
+    text = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
+        if line in full:
+            cells += [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+        else:
+            cells.append(line[3])
+        text.append("  ".join(cells).rstrip())
+    return "\n".join(text)
+
+
+def plot(rows: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> None:
+    """Bars of TFLOP/s: one panel per pass, one group of bars per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    implementations = list(dict.fromkeys(row["implementation"] for row in rows))
+    figure, panels = pyplot.subplots(
+        len(passes),
+        1,
+        figsize=(max(6.0, 1.3 * len(names)), 2.8 * len(passes) + 1),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    width = 0.8 / len(implementations)
+    for axes, timed in zip(panels[:, 0], passes, strict=True):
+        for i, implementation in enumerate(implementations):
+            bars = [
+                (names.index(row["name"]) + (i - (len(implementations) - 1) / 2) * width, row)
+                for row in rows
+                if (row["pass"], row["implementation"]) == (timed, implementation)
+            ]
+            drawn = axes.bar(
+                [x for x, _ in bars],
+                [row["tflops"] or 0.0 for _, row in bars],
+                width,
+                label=implementation,
+            )
+            labels = [f"{row['tflops']:.0f}" if row["tflops"] else "" for _, row in bars]
+            axes.bar_label(drawn, labels, fontsize=7)
+        axes.set(ylabel=f"{timed}, TFLOP/s")
+        axes.margins(y=0.12)
+    panels[-1, 0].set_xticks(range(len(names)), names, rotation=30, ha="right")
+    panels[0, 0].legend(ncols=len(implementations))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def commit() -> str | None:
+    """The commit of the checkout this file belongs to, marked if files differ from it."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    try:
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def comma_list(kind: Callable[[str], Any], choices: Iterable[str] = ()) -> Callable[[str], list]:
+    """An argparse type: `a,b` of `kind`, each one of `choices` if there are any."""
+    choices = tuple(choices)
+
+    def parse(text: str) -> list:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        wrong = [value for value in values if choices and value not in choices]
+        if wrong or not values:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(choices)}")
+        return list(dict.fromkeys(values))
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """An argparse type: an int > 0."""
+    if int(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        prog="python -m fa4_jax.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    gpu = jax.default_backend() == "gpu"
+    implementations = list(IMPLEMENTATIONS[:3] if gpu else ("xla", "reference"))
+    add("--impl", type=comma_list(str, IMPLEMENTATIONS), default=implementations)
+    add("--pass", dest="passes", type=comma_list(str, PASSES), default=list(PASSES))
+    add("--head-dim", type=comma_list(positive), default=[64, 128])
+    add("--seqlen", type=comma_list(positive), default=[1024, 4096, 16384])
+    add("--causal", type=comma_list(str, ("full", "causal")), default=["full", "causal"])
+    add("--dtype", type=comma_list(str, DTYPES), default=["bfloat16"])
+    add("--heads", type=positive, help="default: 2048 / head_dim")
+    add("--kv-heads", type=positive, help="default: as many as --heads")
+    add("--batch", type=positive, help="default: --tokens / seqlen")
+    add("--tokens", type=positive, default=16384, help="batch * seqlen; default %(default)s")
+    add("--cases", type=comma_list(str), help="patterns of case names, such as 'd128-*-causal'")
+    add("--list", action="store_true", help="print the names of the cases and exit")
+    add("--rounds", type=positive, default=9, help="default %(default)s")
+    add("--round-ms", type=float, default=50.0, help="at least; default %(default)s")
+    add("--max-seconds", type=float, default=math.inf, help="start nothing new after this long")
+    add("--xla-max-gib", type=float, default=12.0, help="skip xla above this; default %(default)s")
+    add("--csv", type=pathlib.Path, metavar="FILE")
+    add("--json", type=pathlib.Path, metavar="FILE")
+    add("--plot", type=pathlib.Path, metavar="FILE.png")
+    return result
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """The product of the options, filtered by --cases."""
+    found = []
+    for head_dim, seqlen, mask, dtype in itertools.product(
+        options.head_dim, options.seqlen, options.causal, options.dtype
+    ):
+        heads = options.heads or max(1, 2048 // head_dim)
+        case = Case(
+            batch=options.batch or max(1, options.tokens // seqlen),
+            seqlen=seqlen,
+            heads=heads,
+            kv_heads=options.kv_heads or heads,
+            head_dim=head_dim,
+            causal=mask == "causal",
+            dtype=dtype,
+        )
+        if not options.cases or any(fnmatch.fnmatch(case.name, p) for p in options.cases):
+            found.append(case)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0: something was timed and nothing was wrong; 1: otherwise."""
+    options = parser().parse_args(arguments)
+    chosen = cases(options)
+    if options.list or not chosen:
+        print("\n".join(case.name for case in chosen) or "bench: no case has such a name (--list)")
+        return 0 if chosen else 1
+    environment = {**doctor.versions(), **doctor.devices(), "commit": commit()}
+    harness = Harness(options)
+    rows = [m.row(harness.dispatch_ms) for m in harness.run(chosen)]
+    progress("")
+    print(", ".join(f"{key} {value}" for key, value in environment.items()))
+    print(f"an empty program takes {harness.dispatch_ms * 1e3:.0f} us to enqueue\n")
+    print(table(rows))
+    if options.csv:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.json:
+        method = {
+            "round_ms": options.round_ms,
+            "rounds": options.rounds,
+            "dispatch_ms": harness.dispatch_ms,
+            "max_difference": MAX_DIFFERENCE,
+        }
+        report = {"environment": environment, "method": method, "results": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(rows, f"{environment['device']}, jax {environment['jax']}", options.plot)
+    wrong = any(row["reason"].startswith("wrong result") for row in rows)
+    return 0 if not wrong and any(row["tflops"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
