@@ -184,7 +184,7 @@ def attention(implementation: str, causal: bool) -> Attention:
         from fa4_jax import flash_attention
 
         return functools.partial(flash_attention, causal=causal, implementation=implementation)
-    jax_nn: Callable[..., jax.Array] = jax.nn.dot_product_attention
+    jax_nn: Any = jax.nn.dot_product_attention
     return functools.partial(jax_nn, is_causal=causal, implementation=implementation)
 
 
@@ -219,6 +219,16 @@ def relative_difference(results: Any, expected: Any) -> float:
     return math.nan if any(map(math.isnan, distances)) else max(distances)
 
 
+def subtract(both: Measurement, fwd: Measurement, bwd: Measurement) -> None:
+    """Fill bwd with both - fwd, round by round: a clock that drifts hits the two alike."""
+    bwd.difference = both.difference
+    bwd.calls_per_round = both.calls_per_round
+    bwd.samples = [b - a for a, b in zip(fwd.samples, both.samples, strict=False)]
+    bwd.reason = fwd.reason or both.reason
+    if not bwd.reason and bwd.milliseconds <= 0:
+        bwd.reason = "too noisy: fwd_bwd wasn't slower than fwd"
+
+
 class Harness:
     """Options of a run, and its clock."""
 
@@ -248,16 +258,12 @@ class Harness:
         needed = set().union(*(PASSES[timed] for timed in self.options.passes))
         running = self.prepare([m for m in measurements.values() if m.timed in needed])
         self.time(case, running)
-        for implementation in self.options.impl:
-            fwd, both = (measurements[implementation, timed] for timed in ("fwd", "fwd_bwd"))
-            bwd = measurements[implementation, "bwd"]
-            bwd.reason = fwd.reason or both.reason
-            bwd.difference = both.difference
-            bwd.calls_per_round = both.calls_per_round
-            bwd.samples = [b - a for a, b in zip(fwd.samples, both.samples, strict=False)]
-            if not bwd.reason and bwd.milliseconds <= 0:
-                bwd.reason = "too noisy: fwd_bwd wasn't slower than fwd"
-        shown = {*self.options.passes, *(needed & {"bwd_direct"})}
+        shown = set(self.options.passes)
+        if "bwd" in shown:
+            shown.add("bwd_direct")
+            for implementation in self.options.impl:
+                fwd, bwd, both = (measurements[implementation, p] for p in PASSES)
+                subtract(both, fwd, bwd)
         return [measurement for measurement in measurements.values() if measurement.timed in shown]
 
     def prepare(self, measurements: list[Measurement]) -> list[tuple[Measurement, Program]]:

@@ -192,10 +192,10 @@ def check_library() -> Check:
             detail += f"; {shadowed}"
         return Check("library", Status.limited, detail)
     try:
+        facts = _ffi.verify()
         _ffi.register()
     except _ffi.LibraryError as error:
         return Check("library", Status.broken, str(error))
-    facts = _ffi.manifest()
     return Check(
         "library",
         Status.ok,

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m fa4_jax.bench`: FLOPs, checks, differences and reports."""
+
+import csv
+import json
+
+import jax
+import pytest
+
+from fa4_jax import bench
+
+TINY = "--head-dim 64 --seqlen 64 --tokens 128 --heads 4 --kv-heads 2 --round-ms 1 --rounds 3"
+
+
+def run(tmp_path, extra):
+    """(exit status, result rows by (pass, implementation)) of one run with one case."""
+    path = tmp_path / "bench.json"
+    status = bench.main([*TINY.split(), "--json", str(path), *extra.split()])
+    rows = json.loads(path.read_text())["results"]
+    found = {(row["pass"], row["implementation"]): row for row in rows}
+    assert len(found) == len(rows)
+    return status, found
+
+
+# Two matrix products of 2 * 4096 * 4096 * 128 operations for each of 4 * 16 heads.
+FULL_FORWARD = 2 * 2 * 4096 * 4096 * 128 * 4 * 16
+
+
+@pytest.mark.parametrize(
+    ("timed", "causal", "flops"),
+    [
+        ("fwd", False, FULL_FORWARD),
+        ("fwd", True, FULL_FORWARD / 2),
+        ("bwd", False, FULL_FORWARD * 2.5),
+        ("bwd_direct", True, FULL_FORWARD * 1.25),
+        ("fwd_bwd", False, FULL_FORWARD * 3.5),
+    ],
+)
+def test_flops(timed, causal, flops):
+    case = bench.Case(
+        batch=4, seqlen=4096, heads=16, kv_heads=2, head_dim=128, causal=causal, dtype="bfloat16"
+    )
+    assert case.flops(timed) == flops
+
+
+def test_default_cases_keep_the_number_of_tokens(capsys):
+    assert bench.main(["--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert len(names) == len(set(names)) == 12
+    assert "d64-s1024-b16-h32-full" in names
+    assert "d128-s16384-b1-h16-causal" in names
+    assert bench.main(["--list", "--cases", "d128-s4096*causal"]) == 0
+    assert capsys.readouterr().out.split() == ["d128-s4096-b4-h16-causal"]
+
+
+def test_report_is_consistent(tmp_path, capsys):
+    csv_path, plot_path = tmp_path / "bench.csv", tmp_path / "bench.png"
+    status, rows = run(
+        tmp_path, f"--impl xla,reference --causal causal --csv {csv_path} --plot {plot_path}"
+    )
+    assert status == 0
+    passes = ("fwd", "bwd", "bwd_direct", "fwd_bwd")
+    assert set(rows) == {(p, i) for p in passes for i in ("xla", "reference")}
+    for row in rows.values():
+        assert row["reason"] == ""
+        assert row["milliseconds"] > 0
+        assert row["tflops"] == pytest.approx(row["flops"] / row["milliseconds"] / 1e9)
+        assert row["rounds"] == 3
+    # The other implementation was compared, and isn't the same code.
+    assert 0 < rows["fwd", "reference"]["difference"] < bench.MAX_DIFFERENCE
+    assert 0 < rows["fwd_bwd", "reference"]["difference"] < bench.MAX_DIFFERENCE
+    with csv_path.open(newline="") as file:
+        assert {(r["pass"], r["implementation"]) for r in csv.DictReader(file)} == set(rows)
+    assert plot_path.read_bytes().startswith(b"\x89PNG")
+    assert "d64-s64-b2-h4k2-causal" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="fa4 fails only without a GPU")
+def test_a_failing_implementation_is_reported(tmp_path):
+    status, rows = run(tmp_path, "--impl fa4,reference --pass fwd --causal full")
+    assert status == 0
+    assert "cpu" in rows["fwd", "fa4"]["reason"]
+    assert rows["fwd", "fa4"]["tflops"] is None
+    assert rows["fwd", "reference"]["tflops"] > 0
+
+
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_wrong_results_are_not_timed(tmp_path, monkeypatch, factor):
+    right = bench.attention
+
+    def attention(implementation, causal):
+        attend = right(implementation, causal)
+        scale = factor if implementation == "reference" else 1
+        return lambda q, k, v: scale * attend(q, k, v)
+
+    monkeypatch.setattr(bench, "attention", attention)
+    status, rows = run(tmp_path, "--impl xla,reference --causal full")
+    assert status == 1
+    for timed in ("fwd", "bwd", "bwd_direct", "fwd_bwd"):
+        assert rows[timed, "reference"]["reason"].startswith("wrong result")
+        assert rows[timed, "xla"]["tflops"] > 0
+
+
+def test_a_first_implementation_of_nans_is_wrong_and_no_measure_for_others(tmp_path, monkeypatch):
+    right = bench.attention
+
+    def attention(implementation, causal):
+        attend = right(implementation, causal)
+        return (lambda q, k, v: q * float("nan")) if implementation == "xla" else attend
+
+    monkeypatch.setattr(bench, "attention", attention)
+    status, rows = run(tmp_path, "--impl xla,reference --pass fwd --causal full")
+    assert status == 1
+    assert rows["fwd", "xla"]["reason"].startswith("wrong result")
+    assert rows["fwd", "reference"]["tflops"] > 0
+
+
+def test_skips_have_reasons(tmp_path):
+    status, rows = run(tmp_path, "--impl xla,reference --pass fwd --causal full --xla-max-gib 0")
+    assert status == 0
+    assert rows["fwd", "xla"]["reason"].startswith("skipped")
+    status, rows = run(tmp_path, "--impl reference --pass fwd --causal full --max-seconds 0")
+    assert status == 1
+    assert "--max-seconds" in rows["fwd", "reference"]["reason"]
+
+
+class FakeProgram(bench.Program):
+    """Takes the times that a test wrote down, and writes down the order of calls."""
+
+    order: list = []
+
+    def __init__(self, name, times):
+        self.name, self.times = name, times
+
+    def __call__(self):
+        return (
+            (jax.numpy.ones(1), jax.numpy.ones(1)) if "fwd_bwd" in self.name else jax.numpy.ones(1)
+        )
+
+    def milliseconds(self, calls):
+        if not isinstance(self.times, list):
+            return self.times
+        self.order.append(self.name)
+        return self.times.pop(0)
+
+
+def test_backward_is_the_difference_and_rounds_are_interleaved(tmp_path, monkeypatch):
+    # Two warm-up calls, then three rounds. The clock drifts, the paired difference doesn't.
+    times = {
+        "fwd": [9, 9, 1.0, 2.0, 3.0],
+        "fwd_bwd": [9, 9, 3.5, 4.5, 5.5],
+        "bwd_direct": [9, 9, 2.0, 2.0, 2.0],
+    }
+    FakeProgram.order = []
+
+    def build(timed, attend, input_sets):
+        return FakeProgram((timed, attend), list(times[timed]))
+
+    monkeypatch.setattr(bench, "build", build)
+    monkeypatch.setattr(bench, "attention", lambda implementation, causal: implementation)
+    options = bench.parser().parse_args([*TINY.split(), "--impl", "xla,reference"])
+    harness = bench.Harness(options)
+    measured = {(m.timed, m.implementation): m for m in harness.run(bench.cases(options)[:1])}
+    for implementation in ("xla", "reference"):
+        assert measured["fwd", implementation].milliseconds == 2.0
+        assert measured["bwd", implementation].milliseconds == 2.5
+        assert measured["bwd", implementation].spread == 0.0
+        assert measured["fwd", implementation].spread == 1.0
+    rounds = FakeProgram.order[-18:]
+    assert rounds[:6] == rounds[6:12] == rounds[12:]
+    assert len(set(rounds[:6])) == 6
+
+
+def test_bad_options_are_refused(capsys):
+    for arguments in ("--impl fa5", "--seqlen 0", "--pass sideways", "--dtype int8"):
+        with pytest.raises(SystemExit) as error:
+            bench.main(arguments.split())
+        assert error.value.code == 2
+    assert bench.main(["--cases", "no-such-case"]) == 1
