@@ -17,11 +17,10 @@ import re
 import threading
 from collections.abc import Callable
 
+import fa4_jax
 from fa4_jax._variants import TARGET_VERSION, Kernel, target_name
 
-_DIRECTORY = pathlib.Path(__file__).resolve().parent / "lib"
-
-# The library that registered our targets, recorded where the process-wide registry is: on `jax.ffi`.
+# Which library registered our targets. Kept on `jax.ffi`, because that registry is the process's.
 _OWNER = "_fa4_jax_library"
 
 _lock = threading.Lock()
@@ -47,8 +46,10 @@ class Manifest:
 
 
 def library_path() -> pathlib.Path:
-    """Where the kernel library belongs, whether or not it is there."""
-    return _DIRECTORY / "libfa4_jax.so"
+    """Where the kernel library is, or belongs if it isn't there."""
+    # An editable install keeps what was built in another folder of the package's path.
+    candidates = [pathlib.Path(folder) / "lib" / "libfa4_jax.so" for folder in fa4_jax.__path__]
+    return next((path for path in candidates if path.is_file()), candidates[0]).resolve()
 
 
 def manifest() -> Manifest:
@@ -57,7 +58,7 @@ def manifest() -> Manifest:
     Raises:
       LibraryError: if the manifest is missing or unreadable.
     """
-    path = _DIRECTORY / "manifest.json"
+    path = library_path().with_name("manifest.json")
     try:
         facts = json.loads(path.read_text())
         facts = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}

@@ -68,9 +68,9 @@ ffi::Error CheckDims(const Kernel& kernel, const Buffer& want, const ffi::AnyBuf
   for (int i = 0; i < want.rank; ++i) {
     const Dim dim = want.dims[i];
     const int64_t size = shape.dims[i];
-    if (size < 1 || size > std::numeric_limits<int32_t>::max()) {
+    if (size < 1 || size > kMaxDimension) {
       return InvalidArgument(kernel.key, ": ", want.name, ": got dimension ", i, " of size ", size,
-                             " in ", shape, ", expected 1 to 2147483647");
+                             " in ", shape, ", expected 1 to ", kMaxDimension);
     }
     if (dim.size > 0 && size != dim.size) {
       return InvalidArgument(kernel.key, ": ", want.name, ": got shape ", shape, ", expected ",

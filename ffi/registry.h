@@ -98,6 +98,9 @@ struct Kernel {
 // Every kernel of this build, sorted by key.
 List<Kernel> Registry();
 
+// The largest size of any dimension.
+extern const int64_t kMaxDimension;
+
 // The names of every kernel of this build, one a line.
 const char* KernelNames();
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from fa4_jax._variants import ROW_MULTIPLE, Buffer, DType, Scalar, Variant
+from fa4_jax._variants import MAX_DIMENSION, ROW_MULTIPLE, Buffer, DType, Scalar, Variant
 
 # XLA aligns every buffer to at least this; the C++ checks repeat it.
 BUFFER_ALIGNMENT = 16
@@ -150,6 +150,8 @@ constexpr Kernel kKernels[] = {{
 }}  // namespace
 
 List<Kernel> Registry() {{ return kKernels; }}
+
+const int64_t kMaxDimension = {MAX_DIMENSION};
 
 const char* KernelNames() {{
   return
