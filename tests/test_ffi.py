@@ -53,11 +53,9 @@ class Fake:
         self.library.fa4_jax_handler_entries.restype = ctypes.c_int64
         self.library.fa4_jax_module_loads.restype = ctypes.c_int64
         self.library.fa4_jax_kernel_names.restype = ctypes.c_char_p
-        capsules = {
-            stage: jax.ffi.pycapsule(getattr(self.library, f"fa4_jax_fake_{stage}"))
-            for stage in ("execute", "initialize")
-        }
-        jax.ffi.register_ffi_target(self.target, capsules, platform="cpu")
+        # XLA's CPU platform has no initialize stage: the fake runs both.
+        handler = jax.ffi.pycapsule(self.library.fa4_jax_fake_execute)
+        jax.ffi.register_ffi_target(self.target, handler, platform="cpu")
 
     def reset(self) -> None:
         for call in range(6):
@@ -66,6 +64,7 @@ class Fake:
         self.library.fa4_jax_fake_compute_capability(90)
         self.library.fa4_jax_fake_on_launch(None)
         self.mutate(0, 0, 0)
+        self.library.fa4_jax_fake_initialize_first(1)
         self.device(0)
         self.library.fa4_jax_fake_unload()
 
@@ -209,6 +208,36 @@ def test_first_calls_from_many_threads_load_once_per_device(fake):
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             list(pool.map(run, range(threads)))
         assert fake.loads(device) == loads + 2  # one per kernel
+
+
+def test_a_loaded_kernel_is_not_loaded_again(fake):
+    call = RawCall(variant_of(Kernel.forward))
+    call()
+    calls = [fake.count(c) for c in (SET_DEVICE, GET_ATTRIBUTE, IS_CAPTURING, INIT)]
+    for _ in range(5):
+        call()
+    assert [fake.count(c) for c in (SET_DEVICE, GET_ATTRIBUTE, IS_CAPTURING, INIT)] == calls
+
+
+def test_execute_loads_what_initialize_did_not(fake):
+    fake.library.fa4_jax_fake_initialize_first(0)
+    loads = fake.loads(0)
+    RawCall(variant_of(Kernel.forward))()
+    assert fake.loads(0) == loads + 1
+
+
+def test_nothing_is_loaded_while_the_stream_is_captured(fake):
+    """After initialize a captured first call launches; without it, it is an error."""
+    fake.library.fa4_jax_fake_capturing(1)
+    call = RawCall(variant_of(Kernel.forward))
+    fake.library.fa4_jax_fake_initialize_first(0)
+    loads = fake.loads(0)
+    with pytest.raises(XLA_ERRORS, match="FAILED_PRECONDITION.*while its stream is captured"):
+        call()
+    assert fake.loads(0) == loads
+    fake.library.fa4_jax_fake_initialize_first(1)
+    call()
+    assert fake.loads(0) == loads + 1
 
 
 def test_loading_leaves_the_callers_device_alone(fake):

@@ -27,6 +27,7 @@ std::atomic<int> counts[kNumCalls];
 std::atomic<int> compute_capability{90};
 std::atomic<int> capturing{0};
 std::atomic<int> device_ordinal{0};
+std::atomic<int> initialize_first{1};
 thread_local int current_device = 0;
 
 using LaunchCallback = void (*)(const char* name, void** args, int32_t num_args);
@@ -53,36 +54,46 @@ XLA_FFI_Error* FakeDeviceOrdinal(XLA_FFI_DeviceOrdinal_Get_Args* args) {
   return nullptr;
 }
 
-XLA_FFI_Error* CallOnCpu(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
-  if (frame->extension_start != nullptr) return handler(frame);  // asks for metadata
-  auto* api = static_cast<XLA_FFI_Api*>(alloca(frame->api->struct_size));
-  std::memcpy(api, frame->api, frame->api->struct_size);
+// Calls the library as XLA does on a GPU: both stages with the same frame, on a stream and a
+// device.
+XLA_FFI_Error* CallAsOnGpu(XLA_FFI_CallFrame frame) {
+  auto* api = static_cast<XLA_FFI_Api*>(alloca(frame.api->struct_size));
+  std::memcpy(api, frame.api, frame.api->struct_size);
   api->XLA_FFI_Stream_Get = FakeStream;
   api->XLA_FFI_DeviceOrdinal_Get = FakeDeviceOrdinal;
-  XLA_FFI_CallFrame copy = *frame;
-  copy.api = api;
+  frame.api = api;
+  if (initialize_first.load() != 0) {
+    XLA_FFI_CallFrame initialize = frame;
+    initialize.stage = XLA_FFI_ExecutionStage_INITIALIZE;
+    if (XLA_FFI_Error* error = fa4_jax_initialize(&initialize)) return error;
+  }
+  return fa4_jax_execute(&frame);
+}
+
+XLA_FFI_Error* MutateAndCall(XLA_FFI_CallFrame frame) {
+  const int kind = mutation.load();
   const int index = mutated_index.load();
   const int64_t value = mutation_value.load();
   XLA_FFI_Buffer buffer;
-  std::vector<void*> args(frame->args.args, frame->args.args + frame->args.size);
-  std::vector<void*> rets(frame->rets.rets, frame->rets.rets + frame->rets.size);
+  std::vector<void*> args(frame.args.args, frame.args.args + frame.args.size);
+  std::vector<void*> rets(frame.rets.rets, frame.rets.rets + frame.rets.size);
   std::vector<int64_t> dims;
-  copy.args.args = args.data();
-  copy.rets.rets = rets.data();
-  if (mutation.load() == kResultIsOperand) {
+  frame.args.args = args.data();
+  frame.rets.rets = rets.data();
+  if (kind == kResultIsOperand) {
     buffer = *static_cast<XLA_FFI_Buffer*>(rets[index]);
     buffer.data = static_cast<XLA_FFI_Buffer*>(args[value])->data;
     rets[index] = &buffer;
-  } else if (mutation.load() != kNone) {
+  } else if (kind != kNone) {
     buffer = *static_cast<XLA_FFI_Buffer*>(args[index]);
     dims.assign(buffer.dims, buffer.dims + buffer.rank);
-    if (mutation.load() == kOffsetPointer) buffer.data = static_cast<char*>(buffer.data) + value;
-    if (mutation.load() == kNullPointer) buffer.data = nullptr;
-    if (mutation.load() == kSetLastDim) dims.back() = value;
+    if (kind == kOffsetPointer) buffer.data = static_cast<char*>(buffer.data) + value;
+    if (kind == kNullPointer) buffer.data = nullptr;
+    if (kind == kSetLastDim) dims.back() = value;
     buffer.dims = dims.data();
     args[index] = &buffer;
   }
-  return handler(&copy);
+  return CallAsOnGpu(frame);
 }
 
 }  // namespace
@@ -152,12 +163,11 @@ void fa4_jax_fake_mutate(int kind, int index, int64_t value) {
   mutation_value = value;
 }
 
-XLA_FFI_Error* fa4_jax_fake_execute(XLA_FFI_CallFrame* frame) {
-  return CallOnCpu(fa4_jax_execute, frame);
-}
+void fa4_jax_fake_initialize_first(int value) { initialize_first = value; }
 
-XLA_FFI_Error* fa4_jax_fake_initialize(XLA_FFI_CallFrame* frame) {
-  return CallOnCpu(fa4_jax_initialize, frame);
+XLA_FFI_Error* fa4_jax_fake_execute(XLA_FFI_CallFrame* frame) {
+  if (frame->extension_start != nullptr) return fa4_jax_execute(frame);  // asks for metadata
+  return MutateAndCall(*frame);
 }
 
 }  // extern "C"
