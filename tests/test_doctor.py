@@ -14,6 +14,7 @@ import fa4_jax
 from fa4_jax import _ffi, doctor
 from fa4_jax.doctor import Check, Status
 
+LIBRARY = "libfa4_jax.so"
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about machines without a GPU")
 
 
@@ -57,7 +58,7 @@ def test_command_line_prints_every_check_and_exits_with_its_status(tmp_path):
 
 
 def test_missing_library_is_a_limitation(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(_ffi, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(_ffi, "library_path", lambda: tmp_path / LIBRARY)
     assert doctor.check_library().status == Status.limited
     assert doctor.check_kernels() == Check("kernels", Status.limited, "none")
 
@@ -65,7 +66,7 @@ def test_missing_library_is_a_limitation(capsys, monkeypatch, tmp_path):
 def write_library(folder, **changes):
     """A library file that was never built, and a manifest that is right but for `changes`."""
     content = b"not an ELF file"
-    (folder / "libfa4_jax.so").write_bytes(content)
+    (folder / LIBRARY).write_bytes(content)
     facts = {
         "size": len(content),
         "sha256": "0" * 64,
@@ -82,7 +83,7 @@ def write_library(folder, **changes):
 @pytest.mark.parametrize("changes", [{}, {"size": 3}], ids=["other bytes", "truncated"])
 def test_damaged_library_is_broken(capsys, monkeypatch, tmp_path, changes):
     write_library(tmp_path, **changes)
-    monkeypatch.setattr(_ffi, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(_ffi, "library_path", lambda: tmp_path / LIBRARY)
     status, checks = run(capsys)
     assert status == 2
     assert checks["library"]["status"] == "broken"
@@ -91,7 +92,7 @@ def test_damaged_library_is_broken(capsys, monkeypatch, tmp_path, changes):
 
 def test_incomplete_build_is_a_limitation(monkeypatch, tmp_path):
     write_library(tmp_path, kernels=["fa4_forward_sm90a_bf16_d64"])
-    monkeypatch.setattr(_ffi, "_DIRECTORY", tmp_path)
+    monkeypatch.setattr(_ffi, "library_path", lambda: tmp_path / LIBRARY)
     check = doctor.check_kernels()
     assert check.status == Status.limited
     assert "1 of " in check.detail
