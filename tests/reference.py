@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention as the definition says it, what XLA makes of it in 16 bits, inputs, and the error rule.
+
+Nothing here imports the package: a test that compares our code with our code proves nothing.
+  `forward`
+and `backward` take NumPy or `jax.numpy` as `xp`, so that the same lines are the oracle on a CPU
+(NumPy, float64) and on a GPU (jax.numpy under `enable_x64`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FAMILIES = (
+    "normal",
+    "outlier_channels",
+    "peaked_rows",
+    "constant_rows",
+    "rising_row_maximum",
+    "slowly_rising_maximum",
+    "heavy_tailed",
+    "denormals",
+)
+
+
+def visible(
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    causal: bool = False,
+    causal_alignment: str = "top_left",
+    window_size: tuple[int | None, int | None] = (None, None),
+) -> np.ndarray:
+    """bool [T, S]: may query i see key j. Written from the definition, one condition at a time."""
+    i = np.arange(seqlen_q)[:, None]
+    j = np.arange(seqlen_k)[None, :]
+    # The key that query i is aligned with.
+    aligned = i + (seqlen_k - seqlen_q) if causal_alignment == "bottom_right" else i
+    seen = np.ones((seqlen_q, seqlen_k), bool)
+    if causal:
+        seen &= ~(j > aligned)
+    left, right = window_size
+    if left is not None:
+        seen &= ~(j < aligned - left)
+    if right is not None:
+        seen &= ~(j > aligned + right)
+    return seen
+
+
+def _probabilities(
+    xp: Any, q: Any, k: Any, seen: Any, scale: float, bias: Any, softcap: float | None
+):
+    """(p, lse, dcap) with grouped heads: p [B, K, G, T, S], lse [B, K, G, T]."""
+    x = xp.einsum("btkgd,bskd->bkgts", q, k) * scale
+    if bias is not None:
+        x = x + bias
+    dcap = xp.ones_like(x)
+    if softcap is not None:
+        capped = xp.tanh(x / softcap)
+        x, dcap = softcap * capped, 1 - capped**2
+    any_seen = seen.any(-1)
+    highest = xp.where(any_seen, xp.where(seen, x, -xp.inf).max(-1), 0)
+    weights = xp.where(seen, xp.exp(xp.where(seen, x - highest[..., None], 0)), 0)
+    total = weights.sum(-1)
+    lse = xp.where(any_seen, highest + xp.log(xp.where(any_seen, total, 1)), -xp.inf)
+    return weights / xp.where(any_seen, total, 1)[..., None], lse, dcap
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """Attention and its analytic gradients in the dtype of its operands: give it float64.
+
+    `seen` is bool and broadcasts to [B, K, G, T, S]; so does `bias`. Heads are grouped by reshaping
+    q, so that query head n uses key/value head n // (N // K).
+    """
+
+    seen: Any
+    scale: float
+    bias: Any = None
+    softcap: float | None = None
+    xp: Any = np
+
+    def forward(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        """out [B, T, N, V] and lse [B, N, T]."""
+        p, lse, _ = self._p(q, k)
+        out = self.xp.einsum("bkgts,bskv->btkgv", p, v)
+        return _ungroup(out), lse.reshape(lse.shape[0], -1, lse.shape[-1])
+
+    def backward(self, q: Any, k: Any, v: Any, dout: Any, dlse: Any) -> tuple[Any, Any, Any, Any]:
+        """dq, dk, dv and the derivative of the biased logits [B, K, G, T, S].
+
+        d lse / d logits is p, and a row's out depends on its logits through p alone.
+        """
+        xp = self.xp
+        p, _, dcap = self._p(q, k)
+        qg, dout = _group(q, k), _group(dout, k)
+        dlse = dlse.reshape(*p.shape[:-1])
+        dp = xp.einsum("btkgv,bskv->bkgts", dout, v)
+        ds = p * (dp - (p * dp).sum(-1, keepdims=True) + dlse[..., None]) * dcap
+        dq = _ungroup(xp.einsum("bkgts,bskd->btkgd", ds, k)) * self.scale
+        dk = xp.einsum("bkgts,btkgd->bskd", ds, qg) * self.scale
+        dv = xp.einsum("bkgts,btkgv->bskv", p, dout)
+        return dq, dk, dv, ds
+
+    def _p(self, q: Any, k: Any) -> tuple[Any, Any, Any]:
+        return _probabilities(
+            self.xp, _group(q, k), k, self.seen, self.scale, self.bias, self.softcap
+        )
+
+
+def _group(x: Any, k: Any) -> Any:
+    batch, seqlen, heads, dim = x.shape
+    return x.reshape(batch, seqlen, k.shape[2], heads // k.shape[2], dim)
+
+
+def _ungroup(x: Any) -> Any:
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def xla_attention(q: Any, k: Any, v: Any, seen: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+    """The same computation by XLA in the operands' dtype: materialised logits, fp32 softmax.
+
+    What `jax.nn.dot_product_attention` does, and lse: products of 16-bit operands accumulated in
+    fp32, probabilities rounded to 16 bits before they meet v. Differentiable; gives the errors to
+    beat.
+    """
+    x = _einsum32("btkgd,bskd->bkgts", _group(q, k), k) * scale
+    any_seen = seen.any(-1)
+    highest = jax.lax.stop_gradient(jnp.where(any_seen, jnp.where(seen, x, -jnp.inf).max(-1), 0))
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, x - highest[..., None], 0)), 0)
+    total = jnp.where(any_seen, weights.sum(-1), 1)
+    lse = jnp.where(any_seen, highest + jnp.log(total), -jnp.inf)
+    p = (weights / total[..., None]).astype(v.dtype)
+    out = _einsum32("bkgts,bskv->btkgv", p, v)
+    return _ungroup(out).astype(q.dtype), lse.reshape(lse.shape[0], -1, lse.shape[-1])
+
+
+def xla_gradients(operands, residuals, cotangents, seen, scale: float) -> tuple[jax.Array, ...]:
+    """dq, dk, dv by XLA from what a flash backward is given: (q, k, v), (out, lse), (dout, dlse).
+
+    Materialised probabilities, products of 16-bit operands, fp32 in between. Give it the residuals
+    of the implementation under test, which are judged on their own: where a row's dp - dpsum
+    cancels, the 16-bit out decides the error, in cuDNN and FlashAttention alike. Differentiating
+    `xla_attention` keeps the probabilities instead, and errs up to 14 times less (dq, outlier
+    channels, bf16), for T x S memory.
+    """
+    (q, k, v), (out, lse), (dout, dlse) = operands, residuals, cotangents
+    qg, doutg = _group(q, k), _group(dout, k)
+    stats = (q.shape[0], k.shape[2], -1, q.shape[1])
+    out, dout = out.astype(jnp.float32), dout.astype(jnp.float32)
+    dpsum = (jnp.einsum("btnv,btnv->bnt", out, dout) - dlse).reshape(stats)[..., None]
+    x = _einsum32("btkgd,bskd->bkgts", qg, k) * scale
+    shift = jnp.where(lse == -jnp.inf, 0, lse).reshape(stats)[..., None]
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, x - shift, 0)), 0)
+    ds = p * (_einsum32("btkgv,bskv->bkgts", doutg, v) - dpsum)
+    ds, p = ds.astype(q.dtype), p.astype(v.dtype)
+    dq = _ungroup(_einsum32("bkgts,bskd->btkgd", ds, k)) * scale
+    dk = _einsum32("bkgts,btkgd->bskd", ds, qg) * scale
+    dv = _einsum32("bkgts,btkgv->bskv", p, doutg)
+    return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+
+
+def _einsum32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def inputs(
+    family: str, rng: np.random.Generator, shapes: tuple[tuple, tuple, tuple], dtype: Any
+) -> tuple[jax.Array, ...]:
+    """q [B, T, N, D], k [B, S, K, D], v [B, S, K, V] of a family, in `dtype`."""
+    q_shape, k_shape, v_shape = shapes
+    q, k, v = (rng.standard_normal(shape) for shape in shapes)
+    head_dim = q_shape[-1]
+    group = q_shape[2] // k_shape[2]
+    # One direction for a key/value head and its query heads: q and k along it have the logits we
+    # want.
+    axis = rng.standard_normal((1, 1, k_shape[2], head_dim))
+    axis /= np.linalg.norm(axis, axis=-1, keepdims=True)
+    q_axis = np.repeat(axis, group, 2)
+    position = np.arange(k_shape[1])[None, :, None, None] / max(1, k_shape[1] - 1)
+    match family:
+        case "normal":
+            pass
+        case "outlier_channels":
+            channels = rng.choice(head_dim, 2, replace=False)
+            q[..., channels[0]] *= 30
+            k[..., channels[0]] *= 30
+            v[..., channels[1] % v_shape[-1]] *= 30
+        case "peaked_rows":
+            # Each query repeats one key, so that its row is nearly one-hot.
+            source = rng.integers(k_shape[1], size=q_shape[1])
+            q = 4 * np.repeat(k[:, source], group, 2) + 0.1 * q
+        case "constant_rows":
+            k = np.broadcast_to(k[:, :1], k_shape).copy()
+        case "rising_row_maximum":
+            # Logits rise by about 40 over the row: every block raises the maximum and rescales.
+            q = 0.1 * q + q_axis * np.sqrt(head_dim)
+            k = 0.1 * k + axis * 40 * position
+        case "slowly_rising_maximum":
+            # By 1 in all: an implementation that rescales lazily keeps a stale maximum throughout.
+            q = 0.1 * q + q_axis * np.sqrt(head_dim)
+            k = 0.1 * k + axis * position
+        case "heavy_tailed":
+            # Like activations: a low-rank part common to q and k, a bias, and heavy tails.
+            basis = rng.standard_normal((4, head_dim))
+            q = rng.standard_t(3, (*q_shape[:3], 4)) @ basis / 2 + 0.3 * q + 0.5
+            k = rng.standard_t(3, (*k_shape[:3], 4)) @ basis / 2 + 0.3 * k + 0.5
+            v = rng.standard_t(3, v_shape) + 0.5
+        case "denormals":
+            tiny = float(jnp.finfo(dtype).tiny) / 50
+            q, k, v = q * tiny, k * tiny, v * tiny
+        case _:
+            raise ValueError(f"family: got {family!r}, expected one of {FAMILIES}")
+    return tuple(jnp.asarray(x, dtype) for x in (q, k, v))
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The error of one result under the rule, against what the rule allows."""
+
+    name: str
+    error: float
+    baseline: float
+    allowed: float
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason and self.error <= self.allowed
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name}: {self.reason}"
+        limits = f"XLA's {self.baseline:.3g}, allowed {self.allowed:.3g}"
+        return f"{self.name}: error {self.error:.3g}, {limits}"
+
+
+def floor(magnitude: float, dtype: Any, ulps: float) -> float:
+    """What rounding alone may cost at `magnitude`: a lucky baseline isn't held against a result.
+
+    float32 below its smallest normal number, and with it bfloat16, may be flushed to zero.
+    """
+    info = jnp.finfo(dtype)
+    unit = max(float(info.eps) * magnitude, float(info.smallest_subnormal))
+    return ulps * unit + float(jnp.finfo(jnp.float32).tiny)
+
+
+def judge(name: str, result: Any, expected: Any, baseline: Any) -> list[Verdict]:
+    """The rule: a result errs at most twice as much as `baseline`, against `expected`, plus
+    `floor`.
+
+    In the largest element and in the root mean square. `expected` is float64; `result` gives the
+    dtype. NaN or infinity on one side only fails.
+    """
+    ulps = LSE_ULPS if name == "lse" else 1
+    dtype = result.dtype
+    result, expected, baseline = (np.asarray(x, np.float64) for x in (result, expected, baseline))
+    if result.shape != expected.shape:
+        return [Verdict(name, np.inf, 0, 0, f"shape {result.shape}, expected {expected.shape}")]
+    finite = np.isfinite(expected)
+    wrong = np.sum(finite != np.isfinite(result)) + np.sum(~finite & (expected != result))
+    if wrong:
+        return [Verdict(name, np.inf, 0, 0, f"{wrong} elements NaN or infinite on one side only")]
+    expected, result, baseline = (np.where(finite, x, 0) for x in (expected, result, baseline))
+    verdicts = []
+    # Rounding to nearest errs by 0.29 units in the last place in the root mean square.
+    for norm_name, norm, share in (("max", _max_abs, 1), ("rms", _rms, 0.3)):
+        theirs = norm(baseline - expected)
+        allowed = 2 * theirs + floor(norm(expected), dtype, share * ulps)
+        verdicts.append(Verdict(f"{name} {norm_name}", norm(result - expected), theirs, allowed))
+    return verdicts
+
+
+# An exp2-based lse is rounded twice more than an exp-based one (times log2(e), times ln(2)), and
+# the GPU's exp2 is good to 2 units in the last place.
+LSE_ULPS = 4
+
+
+def _max_abs(x: np.ndarray) -> float:
+    return float(np.abs(x).max(initial=0))
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x**2))) if x.size else 0.0
+
+
+def failures(verdicts: list[Verdict]) -> str:
+    """One line for each verdict that isn't ok; empty if all are."""
+    return "\n".join(str(verdict) for verdict in verdicts if not verdict.ok)
