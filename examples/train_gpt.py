@@ -260,7 +260,8 @@ def sample(model: GPT, prompt: bytes, length: int, config: Config, attention: At
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(prompt)] = list(prompt)
     generated = np.asarray(generate(model, tokens, jax.random.key(config.seed)))
-    return generated[0].astype(np.uint8).tobytes().decode("utf-8", "replace")
+    text = generated[0].astype(np.uint8).tobytes().decode("utf-8", "replace")
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def train(config: Config, attention_name: str | None, out: pathlib.Path) -> None:

@@ -57,7 +57,7 @@ DTYPES = {"bfloat16": "", "float16": "-f16", "float32": "-f32"}
 CACHE_BYTES = 256 * 2**20
 MAX_INPUT_SETS = 8
 MAX_CALLS_PER_ROUND = 2000
-# Relative L2 distance of two implementations' results above which one of them must be wrong. Between
+# Relative L2 distance of two implementations' results above which one of them must be wrong. For
 # XLA and the reference, in bfloat16 at S = 2048, it is 2.5e-3 for out and 3.3e-3 for gradients.
 MAX_DIFFERENCE = 3e-2
 
