@@ -19,6 +19,7 @@ import concurrent.futures
 import concurrent.futures.process
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -80,8 +81,9 @@ class Failure:
     message: str
 
 
-def source_files(module: str) -> Iterator[pathlib.Path]:
-    """The files of this repository that importing `module` executes, `module` first."""
+@functools.cache
+def source_files(module: str) -> frozenset[pathlib.Path]:
+    """The files of this repository that importing `module` executes."""
     pending, seen = [module], set()
     while pending:
         name = pending.pop()
@@ -90,12 +92,12 @@ def source_files(module: str) -> Iterator[pathlib.Path]:
         if path in seen or not path.is_file():
             continue
         seen.add(path)
-        yield path
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 pending += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 pending += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return frozenset(seen)
 
 
 def row_key(variant: Variant, options: str = HOST_TARGET) -> str:
@@ -104,8 +106,7 @@ def row_key(variant: Variant, options: str = HOST_TARGET) -> str:
     facts = (variant, variant.signature, importlib.metadata.version("nvidia-cutlass-dsl"), options)
     digest.update(repr(facts).encode())
     module = entry_point(variant).partition(":")[0]
-    files = {*source_files(module), *source_files("kernels.build")}
-    for path in sorted(files):
+    for path in sorted(source_files(module) | source_files("kernels.build")):
         digest.update(f"\n{path.relative_to(ROOT)}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

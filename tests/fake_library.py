@@ -14,9 +14,12 @@ import subprocess
 import sys
 
 from fa4_jax._variants import VARIANTS
-from kernels import signatures, toolchain
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # `kernels` isn't installed; last, so that an installed fa4_jax wins
+
+from kernels import signatures, toolchain  # noqa: E402
+
 FAKE_SOURCE = ROOT / "tests" / "fake" / "fake_cuda.cc"
 
 
