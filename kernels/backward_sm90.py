@@ -39,7 +39,7 @@ from cutlass.utils import hopper_helpers as sm90
 from fa4_jax._variants import Variant
 from kernels.common.block_range import BlockRange, visible_blocks
 from kernels.common.dtypes import element_type
-from kernels.common.mask import mask_scores
+from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
 from kernels.common.mma_sm90 import as_a_operand, issue_gemm, rows_and_columns, to_16_bit
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.softmax import LOG2_E
@@ -434,7 +434,7 @@ class BackwardSm90:
         f_k_t = mma.dq.make_fragment_B(dq_thread.partition_B(smem.k_t))[None, None, None, 0]
 
         tile_nm = (self.tile_n, self.tile_m)
-        coords = rows_and_columns(scores_thread.partition_C(cute.make_identity_tensor(tile_nm)))
+        coords = accumulator_coordinates(mma.scores, thread, tile_nm)
         accumulator = lambda product, shape: cute.make_rmem_tensor(  # noqa: E731
             product.get_slice(thread).partition_shape_C(shape), Float32
         )
@@ -474,18 +474,15 @@ class BackwardSm90:
                             f_dout[None, None, None, dout_slot.index],
                             zero=True,
                         )
-                        lse_log2 = cute.make_rmem_tensor(s_lse[None, 0].shape, Float32)
-                        cute.autovec_copy(s_lse[None, q_slot.index], lse_log2)
                         warpgroup.wait_group(1)
                         if const_expr(masked):
                             self.mask(rows_and_columns(scores), coords, m, tile)
+                        lse_log2 = s_lse[None, None, q_slot.index]
                         self.probabilities(rows_and_columns(scores), lse_log2, scale_log2)
-                        p = to_16_bit(scores, self.dtype)
-                        dpsum = cute.make_rmem_tensor(s_dpsum[None, 0].shape, Float32)
-                        cute.autovec_copy(s_dpsum[None, dout_slot.index], dpsum)
                         warpgroup.wait_group(0)
+                        dpsum = s_dpsum[None, None, dout_slot.index]
                         self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
-                        ds = to_16_bit(scores, self.dtype)
+                        p, ds = to_16_bit(scores, self.dtype), to_16_bit(dp, self.dtype)
                         issue_gemm(
                             mma.dv,
                             dv,
@@ -526,27 +523,26 @@ class BackwardSm90:
         self.epilogue(thread, mma, smem, tile, tma, (dk, dv))
 
     def column_statistic(self, rows: cute.Tensor, scores_thread) -> cute.Tensor:
-        """This thread's entries of a (tile_m, stages) statistic: one per accumulator column, by stage.
+        """This thread's entries of a (tile_m, stages) statistic, as (2, column pairs, stages).
 
         The accumulator's rows are keys and its columns queries, so a broadcast over rows selects them.
         """
-        stages = self.stages
         broadcast = cute.make_tensor(
             rows.iterator,
-            cute.make_layout((self.tile_n, self.tile_m, stages), stride=(0, 1, self.tile_m)),
+            cute.make_layout((self.tile_n, self.tile_m, self.stages), stride=(0, 1, self.tile_m)),
         )
         part = scores_thread.partition_C(broadcast)
         shape, stride = part.layout.shape, part.layout.stride
         return cute.make_tensor(
             part.iterator,
             cute.make_layout(
-                ((shape[0][0], shape[0][2], shape[2]), stages),
-                stride=((stride[0][0], stride[0][2], stride[2]), self.tile_m),
+                (shape[0][0], (shape[0][2], shape[2]), self.stages),
+                stride=(stride[0][0], (stride[0][2], stride[2]), self.tile_m),
             ),
         )
 
     @cute.jit
-    def mask(self, scores: cute.Tensor, coords: cute.Tensor, m: Int32, tile: Tile):
+    def mask(self, scores: cute.Tensor, coords: Coordinates, m: Int32, tile: Tile):
         """Mask what the band and the sequences' ends leave out of query tile m."""
         m_start, n_start = m * self.tile_m, tile.n_block * self.tile_n
         shift = n_start - m_start
@@ -555,16 +551,28 @@ class BackwardSm90:
 
     @cute.jit
     def probabilities(self, scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
-        """scores <- exp2(scale_log2 * scores - lse_log2), column by column."""
-        for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-            scaled = scores[r, None].load() * scale_log2 - lse_log2.load()
-            scores[r, None].store(cute.math.exp2(scaled, fastmath=True))
+        """scores <- exp2(scale_log2 * scores - lse_log2).
+
+        The statistics are read from shared memory pair by pair: they don't fit in registers as well.
+        """
+        for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
+            statistic = cute.make_rmem_tensor(2, Float32)
+            cute.autovec_copy(lse_log2[None, pair], statistic)
+            for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+                for c in cutlass.range_constexpr(2):
+                    scaled = scores[r, 2 * pair + c] * scale_log2 - statistic[c]
+                    scores[r, 2 * pair + c] = cute.math.exp2(scaled, fastmath=True)
 
     @cute.jit
     def score_gradient(self, p: cute.Tensor, dp: cute.Tensor, dpsum: cute.Tensor):
-        """p <- p * (dp - dpsum), the gradient of the scaled scores."""
-        for r in cutlass.range_constexpr(cute.size(p, mode=[0])):
-            p[r, None].store(p[r, None].load() * (dp[r, None].load() - dpsum.load()))
+        """dp <- p * (dp - dpsum), the gradient of the scaled scores."""
+        for pair in cutlass.range_constexpr(cute.size(dpsum, mode=[1])):
+            statistic = cute.make_rmem_tensor(2, Float32)
+            cute.autovec_copy(dpsum[None, pair], statistic)
+            for r in cutlass.range_constexpr(cute.size(p, mode=[0])):
+                for c in cutlass.range_constexpr(2):
+                    i = 2 * pair + c
+                    dp[r, i] = p[r, i] * (dp[r, i] - statistic[c])
 
     @cute.jit
     def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, gradients: tuple):

@@ -33,7 +33,7 @@ from cutlass.utils import hopper_helpers as sm90
 from fa4_jax._variants import Variant
 from kernels.common.block_range import BlockRange, visible_blocks
 from kernels.common.dtypes import element_type
-from kernels.common.mask import mask_scores
+from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
 from kernels.common.mma_sm90 import as_a_operand, issue_gemm, rows_and_columns, to_16_bit
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.softmax import LOG2_E, finish, make_online_softmax, online_softmax, rescale
@@ -304,10 +304,9 @@ class ForwardSm90:
         f_q = mma.scores.make_fragment_A(scores_thread.partition_A(smem.q))[None, None, None, 0]
         f_k = mma.scores.make_fragment_B(scores_thread.partition_B(smem.k))
         f_v = mma.out.make_fragment_B(out_thread.partition_B(smem.v))
-        scores_shape = scores_thread.partition_shape_C((self.tile_m, self.tile_n))
-        coords = rows_and_columns(
-            scores_thread.partition_C(cute.make_identity_tensor((self.tile_m, self.tile_n)))
-        )
+        tile_mn = (self.tile_m, self.tile_n)
+        scores_shape = scores_thread.partition_shape_C(tile_mn)
+        coords = accumulator_coordinates(mma.scores, thread, tile_mn)
         acc = cute.make_rmem_tensor(
             out_thread.partition_shape_C((self.tile_m, self.head_dim_v)), Float32
         )
@@ -376,12 +375,12 @@ class ForwardSm90:
         self.epilogue(thread, mma, smem, tile, tma, acc)
         first_row = tile.m_block * self.tile_m
         for r in cutlass.range_constexpr(cute.size(acc_rows, mode=[0])):
-            row = first_row + coords[r, 0][0]
-            if coords[r, 0][1] == 0 and row < tile.seqlen_q:
+            row = first_row + coords.row + coords.offsets[r, 0][0]
+            if coords.column == 0 and row < tile.seqlen_q:
                 lse[tile.batch, tile.head, row] = softmax.row_max[r]
 
     @cute.jit
-    def mask(self, scores: cute.Tensor, coords: cute.Tensor, n: Int32, tile: Tile):
+    def mask(self, scores: cute.Tensor, coords: Coordinates, n: Int32, tile: Tile):
         """Mask what the band and seqlen_k leave out of key tile n."""
         m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
         shift = m_start - n_start
