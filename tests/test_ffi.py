@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import threading
 
@@ -577,13 +578,15 @@ def package(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def run_python(package: pathlib.Path, code: str) -> str:
     """Run `code` where `package` is the installed one; a crash fails the test."""
+    # -S: an editable install's import hook would come before the path.
+    folders = [str(package.parent), *dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib")))]
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-S", "-c", textwrap.dedent(code)],
         cwd=package.parent,
         capture_output=True,
         text=True,
         timeout=120,
-        env={"PYTHONPATH": str(package.parent), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": ":".join(folders), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
     )
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stderr}"
     return result.stdout
