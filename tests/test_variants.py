@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the table: what any edit of it has to keep."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+
+from fa4_jax import _variants
+from fa4_jax._variants import (
+    HEAD_DIM_MULTIPLE,
+    MAX_DIMENSION,
+    ROW_MULTIPLE,
+    SIGNATURES,
+    VARIANTS,
+    Arch,
+    DType,
+    Kernel,
+    Signature,
+    Variant,
+    built_head_dims,
+    round_up,
+    target_name,
+)
+
+# Written down, so that a row lost or doubled by an edit of the table is seen.
+NUM_ROWS = 16
+
+BACKWARD = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
+
+
+def test_number_of_rows() -> None:
+    assert len(VARIANTS) == NUM_ROWS
+
+
+def test_names_are_unique() -> None:
+    assert len({v.name for v in VARIANTS}) == len(VARIANTS)
+    assert len({(v.key, v.arch) for v in VARIANTS}) == len(VARIANTS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_names_say_what_a_row_is(variant: Variant) -> None:
+    """And are C identifiers: a name is the prefix of the exported functions."""
+    parts = (variant.kernel, variant.arch, variant.dtype, f"d{variant.head_dim}")
+    assert all(part in variant.name for part in parts)
+    assert re.fullmatch(r"fa4_[a-z0-9_]+", variant.name)
+    assert variant.arch not in variant.key
+    assert variant.name.replace(f"_{variant.arch}", "") == f"fa4_{variant.key}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_no_key_is_read_as_another(variant: Variant) -> None:
+    same = [v for v in VARIANTS if v.arch == variant.arch and v.key == variant.key]
+    assert same == [variant]
+
+
+def test_every_backward_is_whole() -> None:
+    """A backward row has its preprocess, postprocess and forward; no auxiliary row is alone."""
+    by_kernel = {
+        kernel: {
+            (v.arch, v.dtype, v.head_dim, v.head_dim_v) for v in VARIANTS if v.kernel is kernel
+        }
+        for kernel in Kernel
+    }
+    assert by_kernel[Kernel.backward] <= by_kernel[Kernel.forward]
+    for kernel in BACKWARD:
+        assert by_kernel[kernel] == by_kernel[Kernel.backward], kernel
+
+
+def test_every_architecture_builds_what_another_does() -> None:
+    """Arch-free keys are chosen when lowering: a key that only one chip has would fail on others."""
+    keys = {
+        arch: {v.key for v in VARIANTS if v.arch is arch} for arch in {v.arch for v in VARIANTS}
+    }
+    assert all(held == next(iter(keys.values())) for held in keys.values())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_tiles_fit_the_workspaces(variant: Variant) -> None:
+    assert variant.tiles.tile_m > 0
+    if variant.kernel in BACKWARD:
+        # R and E don't know a variant's tiles, so a tile must never cross their padding.
+        assert ROW_MULTIPLE % variant.tiles.tile_m == 0
+    assert variant.static_dims["E"] % HEAD_DIM_MULTIPLE == 0
+    assert variant.static_dims["E"] >= variant.head_dim
+
+
+def test_bounds_fit_int32() -> None:
+    """The band is clamped to [-T, S], and kernels add a row or column index to it."""
+    assert 2 * MAX_DIMENSION < 2**31
+    assert round_up(MAX_DIMENSION, ROW_MULTIPLE) < 2**31
+
+
+@pytest.mark.parametrize(("kernel", "signature"), SIGNATURES.items(), ids=lambda x: str(x))
+def test_signatures(kernel: Kernel, signature: Signature) -> None:
+    operands = {buffer.name: buffer for buffer in signature.operands}
+    results = {buffer.name: buffer for buffer in signature.results}
+    assert len(operands) == len(signature.operands) and len(results) == len(signature.results)
+    for i, j in signature.aliases.items():
+        assert signature.operands[i] == signature.results[j]
+    assert {signature.operands[i].name for i in signature.aliases} == set(operands) & set(results)
+    assert len({buffer.name for buffer in signature.buffers}) == len(signature.buffers)
+    # Batching folds a mapped axis into the leading dimension of every buffer.
+    assert all(buffer.dims.startswith("B") for buffer in signature.buffers)
+    assert all(set(buffer.dims) <= set("BTSNKDVRE") for buffer in signature.buffers)
+    assert all(scalar.kind in ("f32", "i32") for scalar in signature.scalars)
+    assert str(kernel) in target_name(kernel)
+
+
+def test_one_name_means_one_buffer_in_every_signature() -> None:
+    seen = {}
+    for signature in SIGNATURES.values():
+        for buffer in signature.buffers:
+            assert seen.setdefault(buffer.name, buffer) == buffer
+
+
+def test_target_names_are_versioned_and_unique() -> None:
+    names = {target_name(kernel) for kernel in Kernel}
+    assert len(names) == len(Kernel) == len(SIGNATURES)
+    assert all(re.fullmatch(r"fa4_jax_[a-z_]+_v\d+", name) for name in names)
+
+
+def test_built_head_dims_are_the_rows() -> None:
+    assert built_head_dims(Kernel.forward, DType.bf16) == ((64, 64), (128, 128))
+    assert built_head_dims(Kernel.forward, DType.f32) == ()
+
+
+def test_architectures_name_their_target() -> None:
+    assert [arch.cuda_target for arch in Arch] == ["sm_90a", "sm_100a"]
+    assert len({arch.compute_capability for arch in Arch}) == len(Arch)
+
+
+def test_support_table_lists_what_is_built(monkeypatch) -> None:
+    def cells(table: str) -> list[list[str]]:
+        return [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+
+    assert cells(_variants.support_table()) == [
+        ["sm_90a", "9.0", "bfloat16", "64, 128", "64, 128"],
+        ["sm_90a", "9.0", "float16", "64, 128", "64, 128"],
+    ]
+    without = tuple(v for v in VARIANTS if (v.kernel, v.head_dim) != (Kernel.backward, 128))
+    monkeypatch.setattr(_variants, "VARIANTS", without)
+    assert [row[4] for row in cells(_variants.support_table())] == ["64", "64"]
+
+
+def test_the_readme_has_this_table() -> None:
+    readme = pathlib.Path(_variants.__file__).parents[1] / "README.md"
+    if not readme.exists():
+        pytest.skip("installed without its README")
+    assert _variants.support_table().strip() in readme.read_text(encoding="utf-8")
