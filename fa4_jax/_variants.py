@@ -26,8 +26,8 @@ from collections.abc import Iterable, Iterator, Mapping
 ROW_MULTIPLE = 128
 HEAD_DIM_MULTIPLE = 32
 
-# A kernel's shapes and band bounds are int32; strides are int64.
-MAX_DIMENSION = 2**31 - 1
+# Shapes and band bounds are int32 in a kernel and their sums must be too; strides are int64.
+MAX_DIMENSION = 2**30 - 1
 
 # Version of the FFI targets: bump it when a signature changes, so that an exported program never
 # meets a handler that reads its operands differently.
@@ -255,3 +255,31 @@ def built_head_dims(kernel: Kernel, dtype: DType) -> tuple[tuple[int, int], ...]
     return tuple(
         sorted({(v.head_dim, v.head_dim_v) for v in VARIANTS if v.kernel == kernel and v.dtype == dtype})
     )
+
+
+def support_table() -> str:
+    """The README's table, in Markdown: head dims that run forward, and with a gradient, by chip."""
+
+    def head_dims(arch: Arch, dtype: DType, kernels: Iterable[Kernel]) -> str:
+        rows = [
+            {
+                (v.head_dim, v.head_dim_v)
+                for v in VARIANTS
+                if (v.kernel, v.arch, v.dtype) == (kernel, arch, dtype)
+            }
+            for kernel in kernels
+        ]
+        pairs = sorted(set.intersection(*rows))
+        return ", ".join(str(qk) if qk == v else f"{qk}/{v}" for qk, v in pairs) or "none"
+
+    lines = [
+        "| CUDA target | compute capability | inputs | head dims, forward | head dims, gradient |",
+        "|---|---|---|---|---|",
+    ]
+    for arch, dtype in sorted({(v.arch, v.dtype) for v in VARIANTS}):
+        capability = "{}.{}".format(*arch.compute_capability)
+        forward = head_dims(arch, dtype, [Kernel.forward])
+        gradient = head_dims(arch, dtype, Kernel)
+        cells = (arch.cuda_target, capability, dtype.numpy_name, forward, gradient)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
