@@ -54,8 +54,8 @@ def test_it_learns_and_writes_what_it_promises(trained):
     log = read(folder)
     losses = log["loss"]
     assert len(losses) == 24
-    # Nothing learnt yet: 256 equally likely bytes.
-    assert losses[0] == pytest.approx(np.log(256), abs=1e-4)
+    # Nothing learnt yet: no better than 256 equally likely bytes.
+    assert np.log(256) - 0.2 < losses[0] < np.log(256) + 1.5
     assert np.mean(losses[-4:]) < 3.6
     assert log["validation"][-1][0] == 24
     assert log["validation"][-1][1] < 3.6
