@@ -39,8 +39,8 @@ ffi::ErrorCode CodeOf(int error) {
 
 std::string_view Advice(int error) {
   return error == kCudaErrorInsufficientDriver
-             ? "; update the NVIDIA driver, or reinstall fa4-jax built for CUDA 12 "
-               "(FA4_JAX_CUDA=12)"
+             ? "; update the NVIDIA driver, or build against an older CUDA runtime: pip install . "
+               "-C cmake.define.FA4_JAX_CUDA=12"
              : "";
 }
 
@@ -56,8 +56,9 @@ struct LoadTask {
   int error = kCudaSuccess;
 };
 
-// The exported entry points take arrays of pointers to their arguments. A library is one for all
-// devices; its kernel's attributes are set for each.
+// The exported entry points take arrays of pointers to their arguments. A library and its kernel's
+// handle, which the exported code keeps in a global, are one for all devices; load_to_device writes
+// the handle again, the same one, and sets the kernel's attributes on that device.
 void LoadOnThisThread(LoadTask* task) {
   Module* module = task->kernel->module;
   // A runtime call may create a context on the current device, which in a new thread is device 0.

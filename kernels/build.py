@@ -103,7 +103,9 @@ def source_files(module: str) -> frozenset[pathlib.Path]:
 def row_key(variant: Variant, options: str = HOST_TARGET) -> str:
     """Hash of everything a row's object depends on: row, sources, DSL version, options."""
     digest = hashlib.sha256()
-    facts = (variant, variant.signature, importlib.metadata.version("nvidia-cutlass-dsl"), options)
+    environment = sorted(item for item in os.environ.items() if item[0].startswith("CUTE_DSL_"))
+    version = importlib.metadata.version("nvidia-cutlass-dsl")
+    facts = (variant, variant.signature, version, options, environment)
     digest.update(repr(facts).encode())
     module = entry_point(variant).partition(":")[0]
     for path in sorted(source_files(module) | source_files("kernels.build")):
@@ -120,10 +122,10 @@ def entry_point(variant: Variant) -> str:
         raise KeyError(f"no class is registered for {variant.kernel} on {variant.arch}") from None
 
 
-def compile_row(variant: Variant, out: pathlib.Path, keep: bool) -> Report | Failure:
+def compile_row(variant: Variant, key: str, out: pathlib.Path, keep: bool) -> Report | Failure:
     """Compile one row into `out`. Runs in a worker process, prepared by `_start_worker`."""
     try:
-        return _compile_row(variant, out, keep)
+        return _compile_row(variant, key, out, keep)
     except (
         Exception
     ) as error:  # whatever the kernel or the compiler raised becomes the row's report
@@ -138,13 +140,12 @@ def _start_worker(scratch: pathlib.Path) -> None:
     os.environ["CUTE_DSL_DUMP_DIR"] = str(own)
 
 
-def _compile_row(variant: Variant, out: pathlib.Path, keep: bool) -> Report:
+def _compile_row(variant: Variant, key: str, out: pathlib.Path, keep: bool) -> Report:
     scratch = pathlib.Path(os.environ["CUTE_DSL_DUMP_DIR"])
     # For helpers that ask which architecture they write for; `--gpu-arch` decides the output.
     os.environ["CUTE_DSL_ARCH"] = variant.arch.cuda_target
     from cutlass import cute
 
-    key = row_key(variant)
     module, _, class_name = entry_point(variant).partition(":")
     kernel_class = getattr(importlib.import_module(module), class_name)
     # Symbols named for the row: a profile says which kernel ran, and a digest doesn't depend on
@@ -203,28 +204,29 @@ def _ptxas_facts(remarks: str) -> dict[str, object]:
     }
 
 
-def current_report(variant: Variant, out: pathlib.Path, keep: bool) -> Report | None:
-    """The stored report of a row whose files in `out` are up to date."""
+def current_report(variant: Variant, key: str, out: pathlib.Path, keep: bool) -> Report | None:
+    """The stored report of a row whose files in `out` are those of `key`."""
     suffixes = ("o", "h", *(("ptx", "cubin") if keep else ()))
     try:
         report = Report(**json.loads((out / f"{variant.name}.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
     present = all((out / f"{variant.name}.{suffix}").is_file() for suffix in suffixes)
-    return report if present and report.key == row_key(variant) else None
+    return report if present and report.key == key else None
 
 
 def compile_rows(
     variants: Sequence[Variant], out: pathlib.Path, *, jobs: int, keep: bool = False
 ) -> Iterator[tuple[Report | Failure, bool]]:
     """Bring `variants` up to date in `out`; yields (report, whether it was compiled just now)."""
-    stale = []
+    stale = {}
     for variant in variants:
-        report = current_report(variant, out, keep)
+        key = row_key(variant)
+        report = current_report(variant, key, out, keep)
         if report:
             yield report, False
         else:
-            stale.append(variant)
+            stale[variant] = key
     if not stale:
         return
     with (
@@ -237,7 +239,7 @@ def compile_rows(
             initargs=(pathlib.Path(scratch),),
         ) as pool,
     ):
-        rows = {pool.submit(compile_row, variant, out, keep): variant for variant in stale}
+        rows = {pool.submit(compile_row, v, key, out, keep): v for v, key in stale.items()}
         for future in concurrent.futures.as_completed(rows):
             try:
                 yield future.result(), True
