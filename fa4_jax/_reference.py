@@ -102,22 +102,21 @@ def forward(
             row_max, row_sum, acc = carry
             logits, _ = blocks.logits(q_i, i, j)
             new_max = jnp.maximum(row_max, logits.max(-1))
-            # A row that has seen no key yet keeps -inf as its maximum; 0 in its place avoids inf -
-            # inf.
+            # A row that has seen no key yet has -inf for its maximum: 0 instead avoids inf - inf.
             shift = jnp.where(new_max == -jnp.inf, 0, new_max)
             p = jnp.exp(logits - shift[..., None])
             rescale = jnp.exp(row_max - shift)
             pv = blocks.matmul("bkgts,bksv->bkgtv", p.astype(v.dtype), blocks.columns(blocks.v, j))
             return new_max, row_sum * rescale + p.sum(-1), acc * rescale[..., None] + pv
 
-        rows = q_i.shape[:-1]
+        # Made from q, zeros are sharded and vary over a mesh as q does, which a loop carry has to.
+        zeros = jnp.zeros_like(q_i[..., 0], blocks.acc_dtype)
         init = (
-            jnp.full(rows, -jnp.inf, blocks.acc_dtype),
-            jnp.zeros(rows, blocks.acc_dtype),
-            jnp.zeros((*rows, v.shape[-1]), blocks.acc_dtype),
+            zeros - jnp.inf,
+            zeros,
+            jnp.broadcast_to(zeros[..., None], (*zeros.shape, v.shape[-1])),
         )
-        bounds = blocks.column_range(i)
-        row_max, row_sum, acc = lax.fori_loop(*bounds, step, match_varying(init, like=q_i))
+        row_max, row_sum, acc = lax.fori_loop(*blocks.column_range(i), step, init)
         seen = row_sum > 0
         safe_sum = jnp.where(seen, row_sum, 1)
         out = acc / safe_sum[..., None]
@@ -180,14 +179,13 @@ def backward(
             )
             return dq_i, dk, dv, blocks.add_bias(dbias, i, j, ds)
 
-        dq_i = match_varying(jnp.zeros(q_i.shape, blocks.acc_dtype), like=q_i)
+        dq_i = jnp.zeros_like(q_i, blocks.acc_dtype)
         dq_i, *carry = lax.fori_loop(*blocks.column_range(i), step, (dq_i, *carry))
         return tuple(carry), (dq_i * spec.softmax_scale).astype(q.dtype)
 
     accumulators = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, blocks.acc_dtype), (blocks.k, blocks.v, blocks.bias)
+        lambda x: jnp.zeros_like(x, blocks.acc_dtype), (blocks.k, blocks.v, blocks.bias)
     )
-    accumulators = match_varying(accumulators, like=q)
     (dk, dv, dbias), dq = lax.scan(block_row, accumulators, jnp.arange(blocks.num_rows))
     return (
         blocks.join_rows(dq),

@@ -8,6 +8,9 @@ import pytest
 
 from fa4_jax import _ffi, _reference
 
+# Before the first use of a device: two, so that meshes have something to do.
+jax.config.update("jax_num_cpu_devices", 2)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # On a CPU the primitives run the reference, with a warning; tests of that warning catch it.

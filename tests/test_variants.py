@@ -69,7 +69,7 @@ def test_every_backward_is_whole() -> None:
 
 
 def test_every_architecture_builds_what_another_does() -> None:
-    """Arch-free keys are chosen when lowering: a key that only one chip has would fail on others."""
+    """Arch-free keys are chosen when lowering: one that only one chip has fails on others."""
     keys = {
         arch: {v.key for v in VARIANTS if v.arch is arch} for arch in {v.arch for v in VARIANTS}
     }
