@@ -11,7 +11,11 @@ copy=$TEST_TMPDIR/fa4_jax
 cp -rL . "$copy"
 cd "$copy"
 export HOME=$TEST_TMPDIR
-# An editable install would come before this folder.
-"$python" -c 'import fa4_jax, os, sys; sys.exit(
-    None if fa4_jax.__file__.startswith(os.getcwd()) else f"{fa4_jax.__file__} would be tested")'
+# An editable install would come before this folder, and tests of a missing library are skipped.
+"$python" - <<'END'
+import os
+from fa4_jax import _ffi
+library = str(_ffi.library_path())
+assert os.path.isfile(library) and library.startswith(os.getcwd()), f"{library} would be tested"
+END
 exec "$python" -m pytest -p no:cacheprovider --junitxml="$XML_OUTPUT_FILE" "$@"
