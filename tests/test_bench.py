@@ -100,7 +100,8 @@ def test_wrong_results_are_not_timed(tmp_path, monkeypatch, factor):
     assert status == 1
     for timed in ("fwd", "bwd", "bwd_direct", "fwd_bwd"):
         assert rows[timed, "reference"]["reason"].startswith("wrong result")
-        assert rows[timed, "xla"]["tflops"] > 0
+        if timed != "bwd":  # The difference of two times, which may be too noisy.
+            assert rows[timed, "xla"]["tflops"] > 0
 
 
 def test_a_first_implementation_of_nans_is_wrong_and_no_measure_for_others(tmp_path, monkeypatch):
