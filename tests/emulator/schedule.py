@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orders in which warps and asynchronous operations run."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .scheduler import Cluster
+    from .warp import Warp
+
+KINDS = ("eager", "late", "random", "pct")
+# Blocks that a warp runs before another may, in the seeded kinds; and the chance that a priority
+# changes. Low enough that short critical sections are cut, high enough to keep the cost small.
+_LONGEST_TURN = 60
+_PRIORITY_CHANGE = 0.03
+_ASYNCHRONOUS_TURN = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a launch is ordered.
+
+    * `eager`: an asynchronous operation completes when it is issued; a warp runs until it waits.
+    * `late`: copies and MMAs complete only when no warp can run otherwise, wgmma, bulk stores and
+      tcgen05.ld only when they are waited for.
+    * `random:seed`: everything in a random order.
+    * `pct:seed`: random priorities, changed now and then; an operation with a low priority is starved
+      (Burckhardt et al., A randomized scheduler with probabilistic guarantees, ASPLOS 2010).
+    """
+
+    kind: str = "eager"
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """`eager`, `late`, `random:7` or `pct:7`."""
+        kind, _, seed = text.partition(":")
+        if kind not in KINDS or (seed != "") != (kind in ("random", "pct")):
+            raise ValueError(f"schedule: got {text!r}, expected eager, late, random:SEED or pct:SEED")
+        return cls(kind, int(seed or 0))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.seed}" if self.kind in ("random", "pct") else self.kind
+
+
+class Chooser:
+    """The decisions of one cluster's run under a schedule."""
+
+    def __init__(self, schedule: Schedule, cluster_number: int) -> None:
+        self.kind = schedule.kind
+        self.eager = schedule.kind == "eager"
+        self.random = random.Random(schedule.seed * 1_000_003 + cluster_number)
+
+    def completes_now(self) -> bool:
+        """Whether a wgmma, bulk store or tcgen05.ld completes when it is issued."""
+        return self.eager or (self.kind != "late" and self.random.random() < 0.5)
+
+    def priority(self) -> float:
+        """A random priority."""
+        return self.random.random()
+
+    def turn(self) -> int:
+        """How many blocks a warp runs before it yields."""
+        if self.kind in ("eager", "late"):
+            return 1 << 60
+        return self.random.randrange(1, _LONGEST_TURN)
+
+    def next_warp(self, cluster: Cluster) -> Warp | None:
+        """The warp to run; None runs an asynchronous operation instead, if there is one."""
+        queue = cluster.run_queue
+        if self.kind == "random":
+            if cluster.has_pending() and self.random.random() < _ASYNCHRONOUS_TURN:
+                return None
+            index = self.random.randrange(len(queue))
+            queue[0], queue[index] = queue[index], queue[0]
+            return queue.popleft()
+        if self.kind == "pct":
+            if self.random.random() < _PRIORITY_CHANGE:
+                self.random.choice(cluster.warps).priority = self.priority()
+            if self.random.random() < _PRIORITY_CHANGE:
+                self.random.choice(cluster.ctas).tensor_priority = self.priority()
+            best = max(queue, key=lambda warp: warp.priority)
+            if cluster.highest_pending() > best.priority:
+                return None
+            queue.remove(best)
+            return best
+        return queue.popleft()
