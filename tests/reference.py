@@ -251,29 +251,30 @@ def floor(magnitude: float, dtype: Any, ulps: float) -> float:
 
 
 def judge(name: str, result: Any, expected: Any, baseline: Any) -> list[Verdict]:
-    """The rule: a result errs at most twice as much as `baseline`, against `expected`, plus
-    `floor`.
+    """The rule: against `expected`, a result errs at most twice as much as `baseline`, and `floor`.
 
     In the largest element and in the root mean square. `expected` is float64; `result` gives the
     dtype. NaN or infinity on one side only fails.
     """
-    ulps = LSE_ULPS if name == "lse" else 1
-    dtype = result.dtype
-    result, expected, baseline = (np.asarray(x, np.float64) for x in (result, expected, baseline))
     if result.shape != expected.shape:
         return [Verdict(name, np.inf, 0, 0, f"shape {result.shape}, expected {expected.shape}")]
-    finite = np.isfinite(expected)
-    wrong = np.sum(finite != np.isfinite(result)) + np.sum(~finite & (expected != result))
-    if wrong:
-        return [Verdict(name, np.inf, 0, 0, f"{wrong} elements NaN or infinite on one side only")]
-    expected, result, baseline = (np.where(finite, x, 0) for x in (expected, result, baseline))
-    verdicts = []
-    # Rounding to nearest errs by 0.29 units in the last place in the root mean square.
-    for norm_name, norm, share in (("max", _max_abs, 1), ("rms", _rms, 0.3)):
-        theirs = norm(baseline - expected)
-        allowed = 2 * theirs + floor(norm(expected), dtype, share * ulps)
-        verdicts.append(Verdict(f"{name} {norm_name}", norm(result - expected), theirs, allowed))
-    return verdicts
+    wide = (np.asarray(x, np.float64) for x in (result, expected, baseline))
+    return verdicts(name, result.dtype, measure(*wide))
+
+
+def measure(result: Any, expected: Any, baseline: Any, xp: Any = np) -> Any:
+    """What the rule looks at, as seven float64 numbers, so that big arrays can stay on a GPU.
+
+    How many elements are NaN or infinite on one side only; then the largest and the root mean
+    square of: the error, the baseline's error, the expected value.
+    """
+    finite = xp.isfinite(expected)
+    wrong = xp.sum(finite != xp.isfinite(result)) + xp.sum(~finite & (expected != result))
+    expected, result, baseline = (xp.where(finite, x, 0) for x in (expected, result, baseline))
+    norms = [wrong]
+    for x in (result - expected, baseline - expected, expected):
+        norms += [xp.abs(x).max(initial=0), xp.sqrt(xp.sum(x**2) / max(1, x.size))]
+    return xp.stack([xp.asarray(x, xp.float64) for x in norms])
 
 
 # An exp2-based lse is rounded twice more than an exp-based one (times log2(e), times ln(2)), and
@@ -281,12 +282,20 @@ def judge(name: str, result: Any, expected: Any, baseline: Any) -> list[Verdict]
 LSE_ULPS = 4
 
 
-def _max_abs(x: np.ndarray) -> float:
-    return float(np.abs(x).max(initial=0))
-
-
-def _rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(x**2))) if x.size else 0.0
+def verdicts(name: str, dtype: Any, measures: Any) -> list[Verdict]:
+    """The rule, applied to what `measure` returned for a result of `dtype`."""
+    wrong, *norms = (float(x) for x in measures)
+    if wrong:
+        return [Verdict(name, np.inf, 0, 0, f"{wrong:.0f} elements NaN or infinite, one side only")]
+    ulps = LSE_ULPS if name.split()[0] == "lse" else 1
+    results = []
+    # Rounding to nearest errs by 0.29 units in the last place in the root mean square.
+    for norm, share, (error, theirs, magnitude) in zip(
+        ("max", "rms"), (1, 0.3), (norms[::2], norms[1::2]), strict=True
+    ):
+        allowed = 2 * theirs + floor(magnitude, dtype, share * ulps)
+        results.append(Verdict(f"{name} {norm}", error, theirs, allowed))
+    return results
 
 
 def failures(verdicts: list[Verdict]) -> str:
