@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fa4_jax._api import flash_attention_varlen as flash_attention_varlen
     from fa4_jax._api import is_supported as is_supported
     from fa4_jax._ffi import LibraryError as LibraryError
+    from fa4_jax._ffi import register as register
     from fa4_jax._reference import FallbackWarning as FallbackWarning
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "flash_attention_varlen": "_api",
     "is_supported": "_api",
     "LibraryError": "_ffi",
+    "register": "_ffi",
     "FallbackWarning": "_reference",
 }
 

@@ -370,7 +370,8 @@ def explain(q: Any, k: Any, v: Any, **options: Unpack[AllFlashOptions]) -> str:
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What `jax.export.export(..., disabled_checks=...)` needs to let our custom calls through.
 
-    JAX vouches only for its own targets. Ours carry a version in their name.
+    JAX vouches only for its own targets. Ours carry a version in their name. A process that runs an
+    exported program, and lowers none of our calls itself, calls `fa4_jax.register()` first.
     """
     return [
         jax.export.DisabledSafetyCheck.custom_call(_variants.target_name(kernel))

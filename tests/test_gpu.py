@@ -39,7 +39,7 @@ from reference import (
     xla_gradients,
 )
 
-from fa4_jax import explain, flash_attention, is_supported
+from fa4_jax import explain, flash_attention, is_supported, register
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import SIGNATURES, VARIANTS, Kernel, Variant, target_name
 
@@ -470,7 +470,6 @@ def test_the_exported_step_runs_here() -> None:
     path = os.environ.get("FA4_JAX_EXPORTED")
     if not path:
         pytest.skip("FA4_JAX_EXPORTED names no file")
-    is_supported(*small())  # Registers the targets, as any call of ours would.
     assert not export_roundtrip.check(export_roundtrip.read(path))
 
 
@@ -481,7 +480,7 @@ def test_the_exported_step_runs_here() -> None:
 def raw(kernel: Kernel, change: Callable[[dict], None]) -> None:
     """Call `kernel`'s target with good operands, results and attributes, after `change` of them."""
     row = first_row()
-    assert is_supported(*small()).ok  # And registers the targets.
+    register()
     dims = {"B": 2, "T": 64, "S": 96, "N": 4, "K": 2, "D": row.head_dim, "V": row.head_dim_v}
     dims |= {"R": 128, "E": row.head_dim}
     signature = SIGNATURES[kernel]

@@ -257,3 +257,20 @@ def test_forward_over_reverse_works_and_reverse_over_reverse_says_no() -> None:
         jax.grad(lambda q: jax.grad(loss)(q).sum())(q)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(loss, (q,), (q,))
+
+
+@pytest.mark.parametrize("defect", ["element", "scale", "nan", "infinity", "shape"])
+def test_the_rule_fails_what_is_wrong(defect: str) -> None:
+    rng = np.random.default_rng(12)
+    expected = rng.standard_normal((2, 50, 2, 16))
+    expected[0, 0] = -np.inf
+    baseline = jnp.asarray(expected, jnp.bfloat16)
+    assert not failures(judge("out", baseline, expected, baseline))
+    wrong = {
+        "element": baseline.at[1, 3, 1, 7].add(0.05),
+        "scale": baseline * 1.02,
+        "nan": baseline.at[1, 3, 1, 7].set(jnp.nan),
+        "infinity": baseline.at[0, 0].set(jnp.inf),
+        "shape": baseline[:, :49],
+    }
+    assert failures(judge("out", wrong[defect], expected, baseline))
