@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
+import numpy as np
 import pytest
 
 from fa4_jax import _ffi, _reference
@@ -44,3 +48,20 @@ def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lowering for CUDA behaves as if the library were there; nothing can run."""
     monkeypatch.setattr(_ffi, "register", lambda: None)
+
+
+@pytest.fixture
+def emulated() -> Callable[[str], Callable[..., list[np.ndarray]]]:
+    """`emulated("fa4_forward_sm90a_bf16_d128")(operands, scalars)` gives the results of a compiled
+    row.
+
+    The row runs in the CPU emulator, through the project's own library; keyword arguments are those
+    of
+    `emulator.device.Device.run`.
+    """
+    from emulator.device import device
+
+    def row(name: str) -> Callable[..., list[np.ndarray]]:
+        return functools.partial(device().run, device().rows[name].variant)
+
+    return row

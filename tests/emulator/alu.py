@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic of one warp: functions that translated blocks call, on arrays of 32 lanes.
 
-Numbers are right to the last bit where the PTX ISA defines them so (rounding modes, fma, conversions);
-the `.approx` functions are NumPy's, within the ISA's error bounds but not the hardware's own bits.
+Numbers are right to the last bit where the PTX ISA defines them so (rounding modes, fma,
+conversions); the `.approx` functions are NumPy's, within the ISA's error bounds but not the
+hardware's own bits.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def mul_directed(a: Array, b: Array, rounding: str) -> Array:
 
 
 def fma(a: Array, b: Array, c: Array) -> Array:
-    """`fma.rn.f32`: one rounding. float64 would round twice, so ties are decided by the exact error."""
+    """`fma.rn.f32`: one rounding. float64 would round twice, so ties are decided by the exact
+    error."""
     product = np.multiply(a, b, dtype=f64)
     total = product + c
     bits = total.view(u64)
@@ -123,7 +125,8 @@ def sqrt(x: Array, ftz: bool) -> Array:
 
 
 def maximum(a: Array, b: Array, nan: bool) -> Array:
-    """`max.f32`: the number where one side is NaN, but with `.NaN` NaN; +0 > -0 (PTX ISA 9.7.3.12)."""
+    """`max.f32`: the number where one side is NaN, but with `.NaN` NaN; +0 > -0 (PTX ISA
+    9.7.3.12)."""
     result = np.maximum(a, b) if nan else np.fmax(a, b)
     zeros = (a == 0) & (b == 0)
     if zeros.any():
@@ -170,7 +173,8 @@ def shift_right(x: Array, count: Array, bits: int) -> Array:
 
 
 def funnel_shift(low: Array, high: Array, count: Array, left: bool, wrap: bool) -> Array:
-    """`shf`: the 64 bits {high, low} shifted; the high word for left, the low one for right (9.7.8.6)."""
+    """`shf`: the 64 bits {high, low} shifted; the high word for left, the low one for right
+    (9.7.8.6)."""
     both = (np.asarray(high).astype(u64) << u64(32)) | np.asarray(low).astype(u64)
     count = np.asarray(count)
     count = (count & u32(31) if wrap else np.minimum(count, u32(32))).astype(u64)
@@ -201,7 +205,8 @@ def reverse_bits(x: Array) -> Array:
 
 
 def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
-    """`lop3.b32`: bit i of the table is the result for (a, b, c) = the bits of i (PTX ISA 9.7.8.5)."""
+    """`lop3.b32`: bit i of the table is the result for (a, b, c) = the bits of i (PTX ISA
+    9.7.8.5)."""
     result = np.zeros(LANES, u32)
     for index in range(8):
         if table >> index & 1:
@@ -212,7 +217,8 @@ def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
 
 
 def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
-    """`prmt.b32` in its default mode: bytes of {b, a}; bit 3 of a nibble replicates the sign (9.7.9.7)."""
+    """`prmt.b32` in its default mode: bytes of {b, a}; bit 3 of a nibble replicates the sign
+    (9.7.9.7)."""
     both = (np.asarray(b).astype(u64) << u64(32)) | np.asarray(a).astype(u64)
     result = np.zeros(LANES, u32)
     for byte in range(4):
@@ -288,7 +294,9 @@ def to_integer(x: Array, rounding: str, dtype: type) -> Array:
     function = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
     whole = np.nan_to_num(function(np.asarray(x, f64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
     limits = np.iinfo(dtype)
-    inside = np.clip(whole, float(limits.min), float(limits.max) if limits.bits < 64 else 2.0**63 - 1024)
+    inside = np.clip(
+        whole, float(limits.min), float(limits.max) if limits.bits < 64 else 2.0**63 - 1024
+    )
     return inside.astype(dtype)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled kernels for the emulator: object, PTX and cubin of each row, built once per content.
 
-A row's files live in a folder named by `kernels.build.row_key`, the hash of everything that they depend
-on, so a folder never goes stale and several checkouts and runs can share the cache:
+A row's files live in a folder named by `kernels.build.row_key`, the hash of everything that they
+depend on, so a folder never goes stale and several checkouts and runs can share the cache:
 `FA4_JAX_EMULATOR_CACHE`, by default `build/emulator` in the checkout.
 """
 

@@ -16,8 +16,8 @@ class MBarrier:
     """One mbarrier object (PTX ISA, mbarrier: phase, pending count, expected count, tx-count).
 
     A phase completes when no arrival is pending and the tx-count is zero. `in_flight` is what the
-    hardware doesn't know: bytes of copies that were issued against this barrier and have not landed.
-    A phase that completes while some are was given the wrong transaction count.
+    hardware doesn't know: bytes of copies that were issued against this barrier and have not
+    landed. A phase that completes while some are was given the wrong transaction count.
     """
 
     def __init__(self, offset: int, count: int, cta: Cta, initialiser: Warp | None) -> None:
@@ -34,9 +34,7 @@ class MBarrier:
     @property
     def state(self) -> str:
         """Its counts, for messages."""
-        return (
-            f"phase {self.phase}, pending {self.pending}/{self.count} arrivals, {self.tx} bytes expected"
-        )
+        return f"phase {self.phase}, pending {self.pending}/{self.count} arrivals, {self.tx} bytes expected"
 
     def arrive(self, count: int, expected_bytes: int) -> None:
         """`arrive{.expect_tx}`: the expect-tx operation comes first."""
@@ -165,7 +163,9 @@ class ClusterBarrier:
 
     def complete_if_done(self) -> None:
         """Called again when a warp exits."""
-        if not self.arrived or any(w not in self.arrived and not w.exited for w in self.cluster.warps):
+        if not self.arrived or any(
+            w not in self.arrived and not w.exited for w in self.cluster.warps
+        ):
             return
         self.generation += 1
         self.arrived.clear()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """PTX to Python: one function per basic block, on NumPy arrays of 32 lanes.
 
-Interpreting one instruction at a time costs a dispatch per instruction; a block translated to Python
-source costs one call. Each block becomes two functions, `full_N(warp, registers)` for 32 active lanes
-and `masked_N(warp, registers, mask)` for fewer, because most blocks run converged and `numpy.where`
-is what masking costs. A function returns the next block's number, or an event (`events`).
+Interpreting one instruction at a time costs a dispatch per instruction; a block translated to
+Python source costs one call. Each block becomes two functions, `full_N(warp, registers)` for 32
+active lanes and `masked_N(warp, registers, mask)` for fewer, because most blocks run converged and
+`numpy.where` is what masking costs. A function returns the next block's number, or an event
+(`events`).
 
 A register is an array in the register file, a list that the functions index by number: bool for
 predicates, uint16, uint32 or float32, uint64. A 32-bit register that float instructions use more
@@ -40,14 +41,32 @@ from .ptx import (
 # Addresses of kernel parameters, above every address that a process can have.
 PARAMETER_BASE = 0x7000000000000000
 
-BITS = {"u8": 8, "i8": 8, "u16": 16, "i16": 16, "u32": 32, "i32": 32, "f32": 32, "u64": 64, "i64": 64, "f64": 64}
-# The NumPy type, by its name in generated code, of each PTX type; `f32x2` is 64 floats, lane by lane.
+BITS = {
+    "u8": 8,
+    "i8": 8,
+    "u16": 16,
+    "i16": 16,
+    "u32": 32,
+    "i32": 32,
+    "f32": 32,
+    "u64": 64,
+    "i64": 64,
+    "f64": 64,
+}
+# The NumPy type, by its name in generated code, of each PTX type; `f32x2` is 64 floats, lane by
+# lane.
 DTYPES = {
     "b8": "u8", "u8": "u8", "s8": "i8", "b16": "u16", "u16": "u16", "s16": "i16", "f16": "u16",
     "bf16": "u16", "b32": "u32", "u32": "u32", "s32": "i32", "f32": "f32", "b64": "u64", "u64": "u64",
     "s64": "i64", "f64": "f64", "f32x2": "f32x2", "f16x2": "u32", "bf16x2": "u32", "pred": "pred",
 }  # fmt: skip
-_ZEROS = {"pred": "ZERO_PRED", "u16": "ZERO_U16", "u32": "ZERO_U32", "f32": "ZERO_F32", "u64": "ZERO_U64"}
+_ZEROS = {
+    "pred": "ZERO_PRED",
+    "u16": "ZERO_U16",
+    "u32": "ZERO_U32",
+    "f32": "ZERO_F32",
+    "u64": "ZERO_U64",
+}
 _HOMES = {1: "u16", 2: "u16", 4: "u32", 8: "u64"}
 
 
@@ -96,7 +115,9 @@ def build_blocks(kernel: Kernel) -> tuple[list[Block], dict[str, int]]:
         if entry.ends_block or is_spin(block, item):
             blocks.append(Block(len(blocks)))
     if missing:
-        found = "\n  ".join(f"PTX line {', '.join(map(str, n[:5]))}: {m}" for m, n in missing.items())
+        found = "\n  ".join(
+            f"PTX line {', '.join(map(str, n[:5]))}: {m}" for m, n in missing.items()
+        )
         raise UnsupportedInstruction(f"{kernel.name}:\n  {found}")
     return blocks, labels
 
@@ -211,14 +232,17 @@ class Emitter:
         return self.block.number + 1
 
     def value(self, operand: Operand, dtype: str) -> str:
-        """An operand as an expression: an array of 32 lanes, or a NumPy scalar if it is constant."""
+        """An operand as an expression: an array of 32 lanes, or a NumPy scalar if it is
+        constant."""
         match operand:
             case Register(name):
                 return self._register(name, dtype)
             case Immediate(value):
                 return self.constant(_integer_constant(value, dtype))
             case FloatBits(bits):
-                return self.constant(f"np.uint32({bits}).view({'f32' if dtype[0] == 'f' else dtype})")
+                return self.constant(
+                    f"np.uint32({bits}).view({'f32' if dtype[0] == 'f' else dtype})"
+                )
             case DoubleBits(bits):
                 return self.constant(f"np.uint64({bits}).view({dtype})")
             case Special(name):
@@ -227,7 +251,11 @@ class Emitter:
             case Symbol(name) if name in self.parameters:
                 return self.constant(f"u64({PARAMETER_BASE + self.parameters[name].offset})")
             case Symbol(name) if name in self.kernel.dynamic_shared:
-                return "warp.dynamic_shared" if dtype == "u32" else f"warp.dynamic_shared.astype({dtype})"
+                return (
+                    "warp.dynamic_shared"
+                    if dtype == "u32"
+                    else f"warp.dynamic_shared.astype({dtype})"
+                )
         raise UnsupportedInstruction(f"operand {operand}")
 
     def lanes(self, operand: Operand, dtype: str) -> str:
@@ -257,7 +285,9 @@ class Emitter:
         if home == "pred" or dtype == "pred" or BITS[home] != bits:
             raise UnsupportedInstruction(f"register {name} of type {home} used as {dtype}")
         view = f"r{slot}_{dtype}"
-        self.emit(f"{view} = {self._cache[name, home]}.view({'f32' if dtype == 'f32x2' else dtype})")
+        self.emit(
+            f"{view} = {self._cache[name, home]}.view({'f32' if dtype == 'f32x2' else dtype})"
+        )
         self._cache[name, dtype] = view
         return view
 

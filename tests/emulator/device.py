@@ -2,9 +2,10 @@
 """A device without hardware: the project's own library on a fake CUDA runtime, launches emulated.
 
 The library is linked from the shipped C++ (`ffi/*.cc`), the generated registry and the exported
-kernel objects; only the CUDA runtime (`tests/fake/`) is not the real one. JAX calls its FFI handler on
-the CPU platform. So table, registry, checks, exported wrapper, tensor maps, kernel parameters and PTX
-are what runs. A launch finds its PTX by the sha256 of the cubin inside the object, never by name.
+kernel objects; only the CUDA runtime (`tests/fake/`) is not the real one. JAX calls its FFI handler
+on the CPU platform. So table, registry, checks, exported wrapper, tensor maps, kernel parameters
+and PTX are what runs. A launch finds its PTX by the sha256 of the cubin inside the object, never by
+name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pathlib
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,7 +103,15 @@ def build_library(rows: Mapping[str, Artifact]) -> pathlib.Path:
             generated = folder / "registry.generated.cc"
             generated.write_text(registry)
             partial = folder / "partial.so"
-            command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DNDEBUG", "-fno-exceptions"]
+            command = [
+                "g++",
+                "-std=c++17",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                "-DNDEBUG",
+                "-fno-exceptions",
+            ]
             command += ["-isystem", str(include), "-I", str(ROOT / "ffi"), *map(str, sources)]
             command += [str(generated), *(str(a.path("o")) for a in rows.values())]
             command += [f"-Wl,--version-script={ROOT / 'ffi' / 'exports.lds'}", "-Wl,-z,defs"]
@@ -127,7 +136,7 @@ class Device:
         self.error: Exception | None = None
         self.programs: dict[str, Program] = {}
         self._digests: dict[int, str] = {}
-        self._buffer_names: Callable[[int], str] = str
+        self._buffer_names: Sequence[str] = ()
         # ctypes keeps no reference to callbacks that C holds.
         self._callbacks = (_LAUNCH(self._on_launch), _BUFFER(self._on_buffer))
         self.library.fa4_jax_fake_driver_on_launch(self._callbacks[0])
@@ -166,8 +175,7 @@ class Device:
         ]
         kinds = {"f32": np.float32, "i32": np.int32}
         attributes = {s.name: kinds[s.kind](scalars[s.name]) for s in signature.scalars}
-        names = [buffer.name for buffer in (*signature.operands, *signature.results)]
-        self._buffer_names = names.__getitem__
+        self._buffer_names = [b.name for b in (*signature.operands, *signature.results)]
         self.options, self.error = Options(Schedule.parse(schedule), check), None
         self.select(variant)
         call = jax.ffi.ffi_call(TARGET, results, input_output_aliases=signature.aliases)
@@ -179,10 +187,12 @@ class Device:
                 raise
             error, self.error = self.error, None
             raise error from raised
+        finally:
+            self._buffer_names, self.options = (), Options()
 
     def select(self, variant: Variant) -> None:
-        """Be a device that runs the row. The library remembers capabilities by device ordinal, so each
-        architecture has its own."""
+        """Be a device that runs the row. The library remembers capabilities by device ordinal, so
+        each architecture has its own."""
         major, minor = variant.arch.compute_capability
         self.library.fa4_jax_fake_compute_capability(10 * major + minor)
         self.library.fa4_jax_fake_device(major)
@@ -213,7 +223,9 @@ class Device:
 
     def _on_buffer(self, data: int, size: int, index: int) -> None:
         if size:
-            self.memory.register(data, size, self._buffer_names(index))
+            names = self._buffer_names
+            name = names[index] if index < len(names) else f"buffer {index}"
+            self.memory.register(data, size, name)
         else:
             self.memory.unregister(data)
 
@@ -236,7 +248,9 @@ class Device:
         artifact = self.by_cubin[digest]
         program = self.program(artifact)
         if program.kernel.name != name:
-            raise KeyError(f"the PTX of {artifact.variant.name} defines {program.kernel.name}, not {name}")
+            raise KeyError(
+                f"the PTX of {artifact.variant.name} defines {program.kernel.name}, not {name}"
+            )
         raw = bytearray(program.kernel.parameter_bytes)
         for index, parameter in enumerate(program.kernel.parameters):
             raw[parameter.offset : parameter.offset + parameter.size] = ctypes.string_at(
@@ -285,7 +299,8 @@ def _cubin_at(address: int) -> bytes:
 
 
 def launch_registers(artifact: Artifact, threads: int) -> int:
-    """Registers per thread that the CTA starts with: what ptxas used, in the allocation unit of 8."""
+    """Registers per thread that the CTA starts with: what ptxas used, in the allocation unit of
+    8."""
     used = int(artifact.report["registers"])
     return min(-(-used // 8) * 8, 65536 // threads // 8 * 8)
 

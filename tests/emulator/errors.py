@@ -37,7 +37,8 @@ class BarrierError(EmulatorError):
 
 
 class ProtocolError(EmulatorError):
-    """An instruction against its own rules: allocation, register budget, divergence, pending work."""
+    """An instruction against its own rules: allocation, register budget, divergence, pending
+    work."""
 
 
 class RaceError(EmulatorError):

@@ -6,8 +6,8 @@ A handler declares its opcodes with the notation of the PTX ISA's syntax boxes:
     @instruction("cvt{rounding=.rn|.rz}{.ftz}.f16.f32", unit=Unit.convert)
 
 `{...}` is optional, `(...)` is required, alternatives are separated by `|`, and `name=` makes the
-choice readable by the handler. Everything else is literal. An opcode that no pattern matches in full
-is an `UnsupportedInstruction`: a modifier can't be ignored by accident.
+choice readable by the handler. Everything else is literal. An opcode that no pattern matches in
+full is an `UnsupportedInstruction`: a modifier can't be ignored by accident.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def lookup(opcode: str) -> tuple[Entry, dict[str, str]]:
     found = [(entry, m) for entry in _ENTRIES if (m := entry.regex.fullmatch(opcode))]
     if not found:
         base = opcode.partition(".")[0]
-        known = [entry.pattern for entry in _ENTRIES if re.match(rf"{base}(?![a-z0-9])", entry.pattern)]
+        known = [
+            entry.pattern for entry in _ENTRIES if re.match(rf"{base}(?![a-z0-9])", entry.pattern)
+        ]
         forms = "; known forms: " + ", ".join(known) if known else ""
         raise UnsupportedInstruction(f"the emulator has no instruction {opcode}{forms}")
     if len(found) > 1:

@@ -133,7 +133,8 @@ def transcendental(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("tanh.approx.f32", "sin.approx{.ftz}.f32", "cos.approx{.ftz}.f32", unit=Unit.mufu)
 def trigonometric(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.18, 9.7.3.19, 9.7.3.22. Results near 0 are absolute-error bounded, so `.ftz` is moot."""
+    """9.7.3.18, 9.7.3.19, 9.7.3.22. Results near 0 are absolute-error bounded, so `.ftz` is
+    moot."""
     function = op.opcode.partition(".")[0]
     e.define(op.operands[0], "f32", f"np.{function}({e.lanes(op.operands[1], 'f32')})")
 
@@ -300,7 +301,9 @@ def bit_field(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """9.7.1.19."""
     dtype = DTYPES[m["type"]]
     start, length = (e.lanes(x, "u32") for x in op.operands[2:])
-    e.define(op.operands[0], dtype, f"extract_bits({e.lanes(op.operands[1], dtype)}, {start}, {length})")
+    e.define(
+        op.operands[0], dtype, f"extract_bits({e.lanes(op.operands[1], dtype)}, {start}, {length})"
+    )
 
 
 @instruction("bfi.b32", unit=Unit.integer)
@@ -456,7 +459,8 @@ def integer_to_integer(e: Emitter, op: Instruction, m: Modifiers) -> None:
     "cvta{.to}{.shared|.shared::cta|.shared::cluster|.global|.param}.u64", unit=Unit.move
 )  # fmt: skip
 def convert_address(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.20. Generic addresses are the addresses of the state space: the spaces don't overlap."""
+    """9.7.9.20. Generic addresses are the addresses of the state space: the spaces don't
+    overlap."""
     e.define(op.operands[0], "u64", e.lanes(op.operands[1], "u64"))
 
 
@@ -476,7 +480,11 @@ def shuffle(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """9.7.9.6. Lanes outside the member mask are not expected to execute it."""
     destination, value, offset, clamp = op.operands[:4]
     source = e.lanes(value, "u32")
-    if isinstance(offset, Immediate) and isinstance(clamp, Immediate) and not isinstance(destination, Pair):
+    if (
+        isinstance(offset, Immediate)
+        and isinstance(clamp, Immediate)
+        and not isinstance(destination, Pair)
+    ):
         table = e.constant(f"shuffle_sources({m['mode']!r}, {offset.value}, {clamp.value})[0]")
         e.define(destination, "u32", f"{source}[{table}]")
         return

@@ -76,9 +76,12 @@ def active_mask(e: Emitter, op: Instruction, m: Modifiers) -> None:
 # The cluster barrier ------------------------------------------------------------------------------
 
 
-@instruction("barrier.cluster.arrive{.release|.relaxed}{.aligned}", unit=Unit.barrier, convergent=True)
+@instruction(
+    "barrier.cluster.arrive{.release|.relaxed}{.aligned}", unit=Unit.barrier, convergent=True
+)
 def cluster_arrive(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """barrier.cluster.arrive. `.relaxed` orders nothing by itself; the happens-before check treats it as
+    """barrier.cluster.arrive. `.relaxed` orders nothing by itself; the happens-before check treats
+    it as
     `.release`, so a missing release is not found."""
     e.emit("warp.cluster.barrier.arrive(warp)")
 
@@ -191,7 +194,9 @@ def mbarrier_at(warp: Warp, address: int) -> MBarrier:
 
 
 @runtime
-def init_mbarrier(warp: Warp, address: Array, count: Array, active: Array | None, line: int) -> None:
+def init_mbarrier(
+    warp: Warp, address: Array, count: Array, active: Array | None, line: int
+) -> None:
     """Each active lane initialises one object."""
     addresses, counts = np.broadcast_to(address, LANES), np.broadcast_to(count, LANES)
     for lane in active_lanes(active):
@@ -307,8 +312,8 @@ def _uniform(value: Array, active: Array | None) -> int:
 
 @instruction("fence.mbarrier_init.release.cluster", unit=Unit.barrier)
 def fence_mbarrier_init(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """fence.mbarrier_init: makes the executing thread's mbarrier.init visible to the cluster and to the
-    async proxy."""
+    """fence.mbarrier_init: makes the executing thread's mbarrier.init visible to the cluster and to
+    the async proxy."""
     e.emit(f"fence_initialisations(warp, {e.active})")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asynchronous copies: cp.async, cp.async.bulk, TMA (PTX ISA: Asynchronous Copy Operations).
 
-A bulk instruction runs on the uniform datapath: where all active lanes agree on its operands, the warp
-issues one operation, as the machine code of such kernels does; otherwise one per lane.
+A bulk instruction runs on the uniform datapath: where all active lanes agree on its operands, the
+warp issues one operation, as the machine code of such kernels does; otherwise one per lane.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def load_tensor(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.bulk,
 )
 def store_tensor(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """cp.async.bulk.tensor and cp.reduce.async.bulk.tensor, shared to global: clipped to the tensor."""
+    """cp.async.bulk.tensor and cp.reduce.async.bulk.tensor, shared to global: clipped to the
+    tensor."""
     destination, source = _memory(op, 0), _memory(op, 1)
     arguments = ", ".join([
         e.address(Memory(destination.base, destination.offset)),
@@ -81,7 +82,9 @@ def store_tensor(e: Emitter, op: Instruction, m: Modifiers) -> None:
     e.emit(f"issue_tensor_store(warp, {arguments})")
 
 
-@instruction(f"cp.async.bulk.prefetch.tensor{_DIMENSIONS}.L2.global{{.tile}}{_HINT}", unit=Unit.memory)
+@instruction(
+    f"cp.async.bulk.prefetch.tensor{_DIMENSIONS}.L2.global{{.tile}}{_HINT}", unit=Unit.memory
+)
 def prefetch_tensor(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """Performance only."""
 
@@ -99,11 +102,15 @@ def bulk_load(e: Emitter, op: Instruction, m: Modifiers) -> None:
     e.emit(f"issue_bulk_load(warp, {arguments}, {e.address(op.operands[3])}, {e.active}, {e.line})")
 
 
-@instruction("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes", unit=Unit.bulk)
+@instruction(
+    "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes", unit=Unit.bulk
+)
 def bulk_between(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """cp.async.bulk from the CTA's shared memory to another's (DSMEM)."""
     arguments = f"{e.address(op.operands[0])}, {e.address(op.operands[1])}, {e.value(op.operands[2], 'u32')}"
-    e.emit(f"issue_bulk_between(warp, {arguments}, {e.address(op.operands[3])}, {e.active}, {e.line})")
+    e.emit(
+        f"issue_bulk_between(warp, {arguments}, {e.address(op.operands[3])}, {e.active}, {e.line})"
+    )
 
 
 @instruction(
@@ -145,7 +152,9 @@ def copy_async(e: Emitter, op: Instruction, m: Modifiers) -> None:
     size = op.operands[2]
     assert isinstance(size, Immediate) and size.value in (4, 8, 16)
     source_size = e.value(op.operands[3], "u32") if len(op.operands) > 3 else f"u32({size.value})"
-    arguments = f"{e.address(op.operands[0])}, {e.address(op.operands[1])}, {size.value}, {source_size}"
+    arguments = (
+        f"{e.address(op.operands[0])}, {e.address(op.operands[1])}, {size.value}, {source_size}"
+    )
     e.emit(f"issue_copy(warp, {arguments}, {e.active}, {e.line})")
 
 
@@ -232,7 +241,8 @@ def issue_tensor_load(
     active: Array | None,
     line: int,
 ) -> None:
-    """A TMA load. Multicast writes the same offset, and signals the same mbarrier, in several CTAs."""
+    """A TMA load. Multicast writes the same offset, and signals the same mbarrier, in several
+    CTAs."""
     for lane in issuing_lanes(active, destination, map_address, barrier, *coordinates):
         loaded = map_at(warp, at(map_address, lane))
         place = tuple(at(coordinate, lane) for coordinate in coordinates)
@@ -293,7 +303,9 @@ def _reads_shared(warp: Warp, source: int, size: int, line: int) -> tuple[int, i
     return operation
 
 
-def _start_store(warp: Warp, read: Callable[[], Callable[[], None]], operation: tuple[int, int] | None) -> None:
+def _start_store(
+    warp: Warp, read: Callable[[], Callable[[], None]], operation: tuple[int, int] | None
+) -> None:
     pending = PendingStore(read, operation)
     if warp.cluster.chooser.eager:
         read()()
@@ -533,4 +545,3 @@ def wait_copies(warp: Warp, pending: int) -> None:
     while len(warp.copy_groups) > pending:
         for run in warp.copy_groups.popleft():
             run()
-

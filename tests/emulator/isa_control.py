@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Control flow, register budget, fences between kernels, prefetches (PTX ISA: Control Flow, setmaxnreg)."""
+"""Control flow, register budget, fences between kernels, prefetches (PTX ISA: Control Flow,
+setmaxnreg)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def branch(e: Emitter, op: Instruction, m: dict[str, str]) -> None:
     predicate = e.value(op.guard.register, "pred")
     taken = f"~{predicate}" if op.guard.negated else predicate
     if e.mask is None:
-        every, some = ("not {}.any()", "{}.all()") if op.guard.negated else ("{}.all()", "not {}.any()")
+        every, some = (
+            ("not {}.any()", "{}.all()") if op.guard.negated else ("{}.all()", "not {}.any()")
+        )
         e.emit(f"if {every.format(predicate)}: return {target}")
         e.emit(f"if {some.format(predicate)}: return {e.following}")
     e.end(f"Split({taken}, {target}, {e.following})")
@@ -62,7 +65,8 @@ def prefetch(e: Emitter, op: Instruction, m: dict[str, str]) -> None:
 @instruction("setmaxnreg(action=.inc|.dec).sync.aligned.u32", unit=Unit.control, convergent=True,
              ends_block=True)  # fmt: skip
 def set_registers(e: Emitter, op: Instruction, m: dict[str, str]) -> None:
-    """setmaxnreg: `dec` gives registers to the CTA's pool, `inc` waits until the pool has enough."""
+    """setmaxnreg: `dec` gives registers to the CTA's pool, `inc` waits until the pool has
+    enough."""
     (count,) = op.operands
     assert isinstance(count, Immediate)
     e.end(f"change_registers(warp, {m['action']!r}, {count.value}, {e.following}, {e.line})")
@@ -76,7 +80,9 @@ def change_registers(warp: Warp, action: str, count: int, following: int, line: 
     pool, before = warp.cta.registers, warp.register_count
     wrong = count < before if action == "inc" else count > before
     if wrong:
-        raise ProtocolError(f"setmaxnreg.{action} {count}: the warp has {before} registers per thread")
+        raise ProtocolError(
+            f"setmaxnreg.{action} {count}: the warp has {before} registers per thread"
+        )
     warp.counts["setmaxnreg"] = count
     needed = 32 * (count - before)
     if action == "dec":

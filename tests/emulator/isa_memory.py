@@ -15,7 +15,15 @@ from .warp import Warp
 
 Modifiers = dict[str, str]
 
-_STORAGE = {"u32": "u32", "i32": "u32", "f32": "u32", "u16": "u16", "i16": "u16", "u64": "u64", "i64": "u64"}
+_STORAGE = {
+    "u32": "u32",
+    "i32": "u32",
+    "f32": "u32",
+    "u16": "u16",
+    "i16": "u16",
+    "u64": "u64",
+    "i64": "u64",
+}
 _STORAGE |= {"f64": "u64", "u8": "u8", "i8": "u8"}
 _TYPES = "(type=.b8|.u8|.s8|.b16|.u16|.s16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64)"
 _ORDER = "{.weak|.volatile|.relaxed.cta|.relaxed.cluster|.relaxed.gpu|.relaxed.sys"
@@ -66,7 +74,8 @@ def parameter(warp: Warp, offset: int, size: int, kind: type, dtype: type) -> Ar
     unit=Unit.memory,
 )
 def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """ld: global, shared, or generic. Orders and cache hints change nothing in this memory model."""
+    """ld: global, shared, or generic. Orders and cache hints change nothing in this memory
+    model."""
     destination, place = op.operands[:2]
     dtype = _STORAGE[DTYPES[m["type"]]]
     targets = items(destination)
@@ -81,7 +90,11 @@ def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
         if BITS[home] > BITS[dtype]:  # a narrow load extends to its register
             signed = "i" if m["type"][0] == "s" else "u"
             view = f".view({signed}{BITS[dtype]})" if signed == "i" else ""
-            e.define(target, f"u{BITS[home]}", f"{value}{view}.astype({signed}{BITS[home]}).view(u{BITS[home]})")
+            e.define(
+                target,
+                f"u{BITS[home]}",
+                f"{value}{view}.astype({signed}{BITS[home]}).view(u{BITS[home]})",
+            )
         else:
             e.define(target, dtype, value)
 
@@ -153,7 +166,8 @@ def store_global(
 
 
 def own_offsets(warp: Warp, address: Array, active: Array | None, size: int) -> Array:
-    """Offsets of accesses to the warp's own CTA's shared memory, checked; inactive lanes repeat one."""
+    """Offsets of accesses to the warp's own CTA's shared memory, checked; inactive lanes repeat
+    one."""
     addresses = np.broadcast_to(address, LANES)
     if active is not None:
         addresses = np.where(active, addresses, addresses[int(np.argmax(active))])
@@ -173,7 +187,9 @@ def load_shared(
         return [np.zeros(LANES, dtype)] * count
     item = np.dtype(dtype).itemsize
     offsets = own_offsets(warp, address, active, item * count)
-    warp.counts["shared bytes read"] += item * count * (LANES if active is None else int(active.sum()))
+    warp.counts["shared bytes read"] += (
+        item * count * (LANES if active is None else int(active.sum()))
+    )
     checker = warp.cluster.checker
     if checker is not None:
         used = offsets if active is None else offsets[active]
@@ -341,7 +357,9 @@ def store_matrices(
 
 
 @runtime
-def load_matrices(warp: Warp, address: Array, count: int, transposed: bool, line: int) -> list[Array]:
+def load_matrices(
+    warp: Warp, address: Array, count: int, transposed: bool, line: int
+) -> list[Array]:
     """See `store_matrices`."""
     rows = _rows(warp, address, count)
     warp.counts["shared bytes read"] += 128 * count

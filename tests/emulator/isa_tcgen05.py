@@ -53,7 +53,9 @@ def deallocate(e: Emitter, op: Instruction, m: Modifiers) -> None:
     e.emit(f"deallocate_tensor(warp, {address}, {columns}, {e.line})")
 
 
-@instruction(f"tcgen05.relinquish_alloc_permit{_GROUP}.sync.aligned", unit=Unit.tensor, convergent=True)
+@instruction(
+    f"tcgen05.relinquish_alloc_permit{_GROUP}.sync.aligned", unit=Unit.tensor, convergent=True
+)
 def relinquish(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """tcgen05.relinquish_alloc_permit: the CTA may not allocate again."""
     e.emit("warp.cta.tensor.may_allocate = False")
@@ -136,7 +138,9 @@ def _cells(quarter: int, column: int, columns: int) -> slice:
 # Loads and stores ---------------------------------------------------------------------------------
 
 
-@instruction(f"tcgen05.ld.sync.aligned.32x32b(count={_COUNTS}).b32", unit=Unit.tensor, convergent=True)
+@instruction(
+    f"tcgen05.ld.sync.aligned.32x32b(count={_COUNTS}).b32", unit=Unit.tensor, convergent=True
+)
 def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """tcgen05.ld: a lane gets consecutive columns of its lane of tensor memory."""
     destination, place = op.operands
@@ -144,14 +148,18 @@ def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
     assert len(targets) == int(m["count"][1:]) and e.mask is None
     name = e.temporary()
     slots = tuple(-1 if isinstance(x, Sink) else e.slot(x) for x in targets)
-    e.emit(f"{name} = load_tensor_memory(warp, uniform({e.address(place)}, None), {slots}, {e.line})")
+    e.emit(
+        f"{name} = load_tensor_memory(warp, uniform({e.address(place)}, None), {slots}, {e.line})"
+    )
     for index, target in enumerate(targets):
         if not isinstance(target, Sink):
             e.define(target, "u32", f"{name}[{index}]")
     e.emit(f"postpone_load(warp, {slots})")
 
 
-@instruction(f"tcgen05.st.sync.aligned.32x32b(count={_COUNTS}).b32", unit=Unit.tensor, convergent=True)
+@instruction(
+    f"tcgen05.st.sync.aligned.32x32b(count={_COUNTS}).b32", unit=Unit.tensor, convergent=True
+)
 def store(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """tcgen05.st."""
     place, source = op.operands
@@ -293,7 +301,14 @@ class _Mma:
     """One tcgen05.mma with everything decoded."""
 
     def __init__(
-        self, cta: Cta, group: int, destination: int, source: int, in_tensor: bool, b: int, bits: int
+        self,
+        cta: Cta,
+        group: int,
+        destination: int,
+        source: int,
+        in_tensor: bool,
+        b: int,
+        bits: int,
     ) -> None:
         self.cta, self.in_tensor = cta, in_tensor
         self.shape = matrix.InstructionDescriptor.decode(bits)
@@ -307,7 +322,9 @@ class _Mma:
         if self.shape.rows != 128 * group and not self.folded:
             raise NotImplementedError(f"tcgen05.mma with M = {self.shape.rows}, cta_group::{group}")
         if self.folded and in_tensor:
-            raise NotImplementedError("tcgen05.mma with M = 128, cta_group::2 and A in tensor memory")
+            raise NotImplementedError(
+                "tcgen05.mma with M = 128, cta_group::2 and A in tensor memory"
+            )
         if destination >> 16 or (in_tensor and source >> 16):
             raise NotImplementedError("tcgen05.mma at a lane other than 0")
         self.rows = 64 if self.folded else 128
@@ -326,7 +343,9 @@ class _Mma:
     def run(self, accumulate: bool, enabled: Array) -> None:
         """Multiply and accumulate in every CTA of the group."""
         shape = self.shape
-        parts = [self._operand(c, self.b, self.b_rows, shape.b_mn_major, shape.b_kind) for c in self.ctas]
+        parts = [
+            self._operand(c, self.b, self.b_rows, shape.b_mn_major, shape.b_kind) for c in self.ctas
+        ]
         b = parts[0] if len(parts) == 1 else np.concatenate(parts)
         for member in self.ctas:
             if self.a is None:

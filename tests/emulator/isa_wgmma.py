@@ -50,7 +50,9 @@ def multiply(e: Emitter, op: Instruction, m: Modifiers) -> None:
         source = f"uniform({e.value(a, 'u64')}, None)"
         negate_a, negate_b, transpose_a, transpose_b = constants
     assert {negate_a, negate_b} <= {-1, 1}
-    accumulate = f"uniform({e.lanes(scale_d, 'pred')}, None)" if isinstance(scale_d, Register) else "1"
+    accumulate = (
+        f"uniform({e.lanes(scale_d, 'pred')}, None)" if isinstance(scale_d, Register) else "1"
+    )
     if isinstance(scale_d, Immediate):
         accumulate = str(int(bool(scale_d.value)))
     kind = m["kind"].split(".")[0]
@@ -181,7 +183,10 @@ def _check_fence(
     checker = warp.cluster.checker
     assert checker is not None
     if not warp.fenced_registers:
-        checker.add(("wgmma.fence", warp.number, line), f"{warp.name}: wgmma (PTX line {line}) without wgmma.fence")
+        checker.add(
+            ("wgmma.fence", warp.number, line),
+            f"{warp.name}: wgmma (PTX line {line}) without wgmma.fence",
+        )
         return
     for slot in (*a, *slots):
         register = warp.registers[slot]

@@ -10,8 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from . import alu, instruction_set, isa_arithmetic, isa_barriers, isa_bulk, isa_control, isa_memory
-from . import isa_tcgen05, isa_wgmma
+from . import (
+    alu,
+    instruction_set,
+    isa_arithmetic,
+    isa_barriers,
+    isa_bulk,
+    isa_control,
+    isa_memory,
+    isa_tcgen05,
+    isa_wgmma,
+)
 from .codegen import Emitter
 from .memory import GlobalMemory
 from .ptx import Instruction, Kernel
@@ -53,7 +62,9 @@ class Program:
         namespace = _namespace()
         exec(compile(source, self._file, "exec"), namespace)
         self.full: list[Callable[..., Any]] = [namespace[f"full_{b.number}"] for b in self.blocks]
-        self.masked: list[Callable[..., Any]] = [namespace[f"masked_{b.number}"] for b in self.blocks]
+        self.masked: list[Callable[..., Any]] = [
+            namespace[f"masked_{b.number}"] for b in self.blocks
+        ]
         self._texts = {i.line: i.text for i in kernel.body if isinstance(i, Instruction)}
 
     def line_of(self, error: BaseException) -> int:

@@ -24,7 +24,8 @@ _TCGEN05_LAYOUTS = {0: "none", 2: "128", 4: "64", 6: "32"}
 
 @dataclasses.dataclass(frozen=True)
 class SharedDescriptor:
-    """A matrix in shared memory: where it starts and how its core matrices are laid out, in bytes."""
+    """A matrix in shared memory: where it starts and how its core matrices are laid out, in
+    bytes."""
 
     start: int
     layout: str
@@ -67,7 +68,8 @@ def _descriptor(bits: int, layout: str) -> SharedDescriptor:
 def element_offsets(
     descriptor: SharedDescriptor, rows: int, depth: int, mn_major: bool, item: int = 2
 ) -> Array:
-    """Byte offsets [rows, depth] in shared memory of an operand with `rows` of M or N and `depth` of K."""
+    """Byte offsets [rows, depth] in shared memory of an operand with `rows` of M or N and `depth`
+    of K."""
     per_chunk = 16 // item
     row, mask = PATTERNS[descriptor.layout]
     leading, stride = descriptor.leading_offset, descriptor.stride_offset
@@ -125,7 +127,8 @@ def widen(bits: Array, kind: str) -> Array:
 
 def product(a: Array, b: Array) -> Array:
     """a [M, K] times b [N, K] transposed, in float32. The tensor core's own summation order and
-    rounding within one instruction are not documented, so the last bits may differ from hardware."""
+    rounding within one instruction are not documented, so the last bits may differ from
+    hardware."""
     return a @ b.T
 
 
@@ -175,7 +178,8 @@ def fragment_rows(values: list[Array], kind: str, depth: int) -> Array:
 
 
 def accumulator_fragments(block: Array) -> Array:
-    """A warp's [16, N] of D as registers [N / 2, 32 lanes] (PTX ISA, Register Fragments for wgmma)."""
+    """A warp's [16, N] of D as registers [N / 2, 32 lanes] (PTX ISA, Register Fragments for
+    wgmma)."""
     columns = block.shape[1]
     parts = block.reshape(2, 8, columns // 8, 4, 2)  # row half, row, column group, lane % 4, column
     return np.ascontiguousarray(parts.transpose(2, 0, 4, 1, 3)).reshape(columns // 2, 32)

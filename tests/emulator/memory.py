@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Global, shared and tensor memory: bytes, bounds, poison.
 
-Global memory is the process's own: kernels get the real pointers of the operands, and every access is
-checked against the buffers that were registered for the launch. Shared and tensor memory start as
-all-ones bytes, NaN in every float type.
+Global memory is the process's own: kernels get the real pointers of the operands, and every access
+is checked against the buffers that were registered for the launch. Shared and tensor memory start
+as all-ones bytes, NaN in every float type.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class GlobalMemory:
     def _element_index(self, addresses: Array, count: int, dtype: type) -> Array:
         size = np.dtype(dtype).itemsize
         if (addresses % u64(size * count)).any():
-            raise Misaligned(f"global access of {size * count} bytes at {addresses[0]:#x} is misaligned")
+            raise Misaligned(
+                f"global access of {size * count} bytes at {addresses[0]:#x} is misaligned"
+            )
         self.check(addresses, size * count)
         return (addresses - u64(_LOWEST)) // u64(size)
 
@@ -131,7 +133,8 @@ class GlobalMemory:
     def region(
         self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: type, kind: str
     ) -> Array:
-        """A strided view (slowest dimension first, strides in bytes), for an access of this kind."""
+        """A strided view (slowest dimension first, strides in bytes), for an access of this
+        kind."""
         item = np.dtype(dtype).itemsize
         extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         self.check(np.array([address, address + extent], u64), item)
@@ -202,8 +205,9 @@ class GlobalMemory:
 class SharedMemory:
     """One CTA's shared memory. Offsets count from the start of its window.
 
-    The first 1 KiB is the system's (PTX ISA, `reserved_smem_offset_begin`), so dynamic shared memory
-    starts there. `version` changes with every write: operands read for one MMA serve the next.
+    The first 1 KiB is the system's (PTX ISA, `reserved_smem_offset_begin`), so dynamic shared
+    memory starts there. `version` changes with every write: operands read for one MMA serve the
+    next.
     """
 
     DYNAMIC_BASE = 1024
@@ -265,7 +269,9 @@ class TensorMemory:
     def allocate(self, columns: int) -> int:
         """The first column of a new range."""
         if columns < 32 or columns > self.COLUMNS or columns & (columns - 1):
-            raise OutOfBounds(f"tcgen05.alloc of {columns} columns: expected a power of two, 32 to 512")
+            raise OutOfBounds(
+                f"tcgen05.alloc of {columns} columns: expected a power of two, 32 to 512"
+            )
         column = 0
         for start in sorted(self.allocated):
             if start - column >= columns:

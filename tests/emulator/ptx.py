@@ -172,7 +172,9 @@ _PARAMETER = re.compile(
     r"([\w$]+)(?:\[(\d+)\])?"
 )
 _EXTERN_SHARED = re.compile(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\[\s*\]")
-_OTHER_DATA = re.compile(r"^\s*(?:\.visible\s+|\.weak\s+)?\.(shared|const|global|local|func)\b.*$", re.M)
+_OTHER_DATA = re.compile(
+    r"^\s*(?:\.visible\s+|\.weak\s+)?\.(shared|const|global|local|func)\b.*$", re.M
+)
 _LABEL = re.compile(r"([\w$]+)\s*:(?!:)")
 _DECLARATION = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 _RANGE = re.compile(r"([%\w$]+)<(\d+)>")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Happens-before check of shared and tensor memory, by vector clocks.
 
-Agents are whatever accesses memory on its own: warps, the TMA engine of each mbarrier, a warp's wgmma
-and bulk stores, a CTA's tensor pipe, a warp's tcgen05.ld and tcgen05.st. Each agent has a clock; a
-warp knows how far it is ordered after each of the others. An arrival merges the warp's knowledge into
-the barrier's, the completion of a phase publishes it, a wait takes it over. An asynchronous operation
-is ordered after its issue and before what its completion mechanism (mbarrier, commit group, commit)
-tells. Two conflicting accesses that nothing orders are a race even if the emulated schedule happened
-to run them well.
+Agents are whatever accesses memory on its own: warps, the TMA engine of each mbarrier, a warp's
+wgmma and bulk stores, a CTA's tensor pipe, a warp's tcgen05.ld and tcgen05.st. Each agent has a
+clock; a warp knows how far it is ordered after each of the others. An arrival merges the warp's
+knowledge into the barrier's, the completion of a phase publishes it, a wait takes it over. An
+asynchronous operation is ordered after its issue and before what its completion mechanism
+(mbarrier, commit group, commit) tells. Two conflicting accesses that nothing orders are a race even
+if the emulated schedule happened to run them well.
 
-Beside races: reads of memory that nothing wrote, writes over mbarrier objects, asynchronous reads of
-what was written through the generic proxy without `fence.proxy.async` (PTX ISA, Async proxy), and
-mbarriers used by an asynchronous operation without `fence.mbarrier_init`.
+Beside races: reads of memory that nothing wrote, writes over mbarrier objects, asynchronous reads
+of what was written through the generic proxy without `fence.proxy.async` (PTX ISA, Async proxy),
+and mbarriers used by an asynchronous operation without `fence.mbarrier_init`.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ class HappensBefore:
         shadow.is_mbarrier[cells] = True
 
     def use_mbarrier(self, warp: Warp, barrier: MBarrier, line: int, asynchronous: bool) -> None:
-        """The initialisation is ordered before a use; before an asynchronous one it is fenced, too."""
+        """The initialisation is ordered before a use; before an asynchronous one it is fenced,
+        too."""
         shadow = self.shared[barrier.cta.rank]
         cell = barrier.offset // 4
         writer, epoch = int(shadow.writer[cell]), int(shadow.write_epoch[cell])

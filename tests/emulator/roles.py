@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which role a warp has: read from the table in the docstring of its kernel's file.
 
-    warps      role      ...
-    0          load
-    1-3        idle
-    4 ...      consume
+warps      role      ...
+0          load
+1-3        idle
+4 ...      consume
 """
 
 from __future__ import annotations

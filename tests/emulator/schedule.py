@@ -27,7 +27,8 @@ class Schedule:
     * `late`: copies and MMAs complete only when no warp can run otherwise, wgmma, bulk stores and
       tcgen05.ld only when they are waited for.
     * `random:seed`: everything in a random order.
-    * `pct:seed`: random priorities, changed now and then; an operation with a low priority is starved
+    * `pct:seed`: random priorities, changed now and then; an operation with a low priority is
+    starved
       (Burckhardt et al., A randomized scheduler with probabilistic guarantees, ASPLOS 2010).
     """
 
@@ -39,7 +40,9 @@ class Schedule:
         """`eager`, `late`, `random:7` or `pct:7`."""
         kind, _, seed = text.partition(":")
         if kind not in KINDS or (seed != "") != (kind in ("random", "pct")):
-            raise ValueError(f"schedule: got {text!r}, expected eager, late, random:SEED or pct:SEED")
+            raise ValueError(
+                f"schedule: got {text!r}, expected eager, late, random:SEED or pct:SEED"
+            )
         return cls(kind, int(seed or 0))
 
     def __str__(self) -> str:

@@ -108,7 +108,8 @@ class Cluster:
                     place = (first[0] + x, first[1] + y, first[2] + z)
                     self.ctas.append(Cta(self, len(self.ctas), place))
         self.warps_of: list[list[Warp]] = [
-            [Warp(cta, number) for number in range((cta.thread_count + 31) // 32)] for cta in self.ctas
+            [Warp(cta, number) for number in range((cta.thread_count + 31) // 32)]
+            for cta in self.ctas
         ]
         self.warps = [warp for warps in self.warps_of for warp in warps]
         self.run_queue: collections.deque[Warp] = collections.deque()
@@ -225,7 +226,9 @@ class Cluster:
         for cta in self.ctas:
             problems += [text for b in cta.mbarriers.values() if (text := b.at_exit())]
             if cta.tensor.allocated:
-                problems.append(f"CTA {cta.coordinates} exits with tensor memory {cta.tensor.allocated}")
+                problems.append(
+                    f"CTA {cta.coordinates} exits with tensor memory {cta.tensor.allocated}"
+                )
             for number, barrier in cta.named_barriers.items():
                 if barrier.arrived:
                     problems.append(
@@ -235,7 +238,9 @@ class Cluster:
         for warp in self.warps:
             stores = sum(map(len, warp.store_groups)) + len(warp.open_stores)
             if stores:
-                problems.append(f"{warp.name} exits with {stores} bulk stores that it didn't wait for")
+                problems.append(
+                    f"{warp.name} exits with {stores} bulk stores that it didn't wait for"
+                )
             if warp.open_mmas or warp.mma_groups:
                 problems.append(f"{warp.name} exits with a wgmma that it didn't wait for")
         if problems:
@@ -370,11 +375,17 @@ class Cluster:
         program = self.launch.program
         place = f"{program.name}: {warp.name}: PTX line {line}: {program.text_of(line)}"
         kind = type(error) if isinstance(error, EmulatorError) else EmulatorError
-        text = str(error) if isinstance(error, EmulatorError) else traceback.format_exception_only(error)[0]
+        text = (
+            str(error)
+            if isinstance(error, EmulatorError)
+            else traceback.format_exception_only(error)[0]
+        )
         return kind(f"{place}: {text.strip()}")
 
     def _deadlock(self) -> str:
-        lines = [f"{self.launch.program.name}: deadlock in CTA {self.ctas[0].coordinates}: nothing can run"]
+        lines = [
+            f"{self.launch.program.name}: deadlock in CTA {self.ctas[0].coordinates}: nothing can run"
+        ]
         for warp in self.warps:
             if not warp.exited:
                 lines.append(f"  {warp.name}: waits for {'; and '.join(warp.waits())}")

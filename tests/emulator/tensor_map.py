@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor maps: what TMA does with the 128 bytes that a host wrapper builds.
 
-CuTe DSL's host code writes the descriptor itself, without `cuTensorMapEncodeTiled`, and its bits are
-not documented. The layout below was worked out by encoding known tensors (ranks 1 to 5, 16-bit and
-32-bit types, no, 64-byte and 128-byte swizzle), and holds for what this project's kernels use; fields
-that were never seen set are required to be zero. Only the first 64 bytes carry meaning.
+CuTe DSL's host code writes the descriptor itself, without `cuTensorMapEncodeTiled`, and its bits
+are not documented. The layout below was worked out by encoding known tensors (ranks 1 to 5, 16-bit
+and 32-bit types, no, 64-byte and 128-byte swizzle), and holds for what this project's kernels use;
+fields that were never seen set are required to be zero. Only the first 64 bytes carry meaning.
 
-    byte 0   base address                         byte 32  size - 1 of dimensions 0 to 4, 4 bytes each
-    byte 8   flags: 4-6 rank - 1, 7-10 type,      byte 52  3 bits each: element stride - 1
+    byte 0   base address                         byte 32  size - 1 of dimensions 0 to 4, 4 bytes
+    each byte 8   flags: 4-6 rank - 1, 7-10 type,      byte 52  3 bits each: element stride - 1
              11-12 interleave, 13-14 swizzle      byte 55  box - 1 of dimensions 0 to 4, a byte each
     byte 12  strides / 16 of dimensions 1 to 4, low 32 bits; byte 28: their high 4 bits
 """
@@ -140,8 +140,8 @@ def region(tensor_map: TensorMap, coordinates: tuple[int, ...]) -> Region:
 
 
 def swizzled_chunks(first: int, count: int, mode: int) -> Array:
-    """Where the 16-byte chunks of a box that starts at chunk `first` are (PTX ISA, Swizzling Modes):
-    the row of 128 bytes, modulo 8, 4 or 2, is xored into the chunk's number."""
+    """Where the 16-byte chunks of a box that starts at chunk `first` are (PTX ISA, Swizzling
+    Modes): the row of 128 bytes, modulo 8, 4 or 2, is xored into the chunk's number."""
     chunks = np.arange(first, first + count)
     return chunks ^ ((chunks >> 3) & SWIZZLE_MASK[mode])
 

@@ -38,8 +38,8 @@ class Exit(Event):
 class Wait(Event):
     """Something the warp may have to wait for before `following`.
 
-    `ready` may be asked again and again; `finish` runs once, when it is ready. `waiters` is the list
-    that whoever changes the condition wakes.
+    `ready` may be asked again and again; `finish` runs once, when it is ready. `waiters` is the
+    list that whoever changes the condition wakes.
     """
 
     ready: Callable[[], bool]

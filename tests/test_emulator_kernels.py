@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every compiled row of the table, emulated: values against float64, in every schedule.
+
+A case runs eagerly with the happens-before check, which also looks for reads of unwritten memory
+and for races between CTAs, and its results are judged by the error rule of `reference`. Then other
+schedules must give the same bits. Unwritten outputs and shared memory are NaN throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import Oracle, failures, inputs, judge, visible, xla_attention, xla_gradients
+
+from fa4_jax import _primitives, _variants
+from fa4_jax._spec import AttentionSpec
+from fa4_jax._variants import VARIANTS, Kernel, Variant, round_up
+
+SCHEDULES = ("late", "random:1", "random:2", "pct:3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and a mask."""
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: tuple[int, int]
+    mask: dict = dataclasses.field(default_factory=dict)
+    family: str = "normal"
+
+    @property
+    def band(self) -> tuple[int, int]:
+        """The kernel's band_lower and band_upper, from the definition of the mask."""
+        bottom_right = self.mask.get("causal_alignment") == "bottom_right"
+        offset = self.seqlen_k - self.seqlen_q if bottom_right else 0
+        left, right = self.mask.get("window_size", (None, None))
+        if self.mask.get("causal"):
+            right = 0 if right is None else min(right, 0)
+        lower = -self.seqlen_q if left is None else offset - left
+        upper = self.seqlen_k if right is None else offset + right
+        clamp = functools.partial(np.clip, a_min=-self.seqlen_q, a_max=self.seqlen_k)
+        return int(clamp(lower)), int(clamp(upper))
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which keys each query sees, by the oracle's own reading of the mask."""
+        return visible(self.seqlen_q, self.seqlen_k, **self.mask)
+
+
+BOTTOM_RIGHT = {"causal": True, "causal_alignment": "bottom_right"}
+# Lengths that are no multiple of any tile; two query or key tiles at least, where a band has an
+# edge.
+CASES = {
+    "full": Case(1, 130, 257, (2, 1), family="rising_row_maximum"),
+    "causal_top_left": Case(1, 201, 201, (2, 1), {"causal": True}),
+    "causal_bottom_right": Case(2, 77, 200, (2, 2), BOTTOM_RIGHT, family="heavy_tailed"),
+    "rows_without_keys": Case(1, 200, 75, (1, 1), BOTTOM_RIGHT),
+    "window": Case(1, 195, 333, (3, 1), {"window_size": (40, 10)}),
+    "one_query": Case(1, 1, 3, (2, 2)),
+}
+
+
+def rows(kernel: Kernel) -> pytest.MarkDecorator:
+    """Parametrise over the rows of a kernel."""
+    found = [v for v in VARIANTS if v.kernel == kernel]
+    return pytest.mark.parametrize("variant", found, ids=lambda v: v.name.removeprefix("fa4_"))
+
+
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def operands(variant: Variant, case: Case) -> tuple:
+    """q, k, v, dout in the row's dtype, dlse; the same for every row of a dtype and head dim."""
+    rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
+    heads, kv_heads = case.heads
+    dtype, dim = jnp.dtype(variant.dtype.numpy_name), variant.head_dim
+    q_shape = (case.batch, case.seqlen_q, heads, dim)
+    k_shape = (case.batch, case.seqlen_k, kv_heads, dim)
+    q, k, v = inputs(case.family, rng, (q_shape, k_shape, k_shape), dtype)
+    dout = jnp.asarray(rng.standard_normal(q_shape), dtype)
+    dlse = rng.standard_normal((case.batch, heads, case.seqlen_q)).astype(np.float32)
+    return q, k, v, dout, dlse
+
+
+def as64(*arrays) -> list[np.ndarray]:
+    return [np.asarray(x, np.float64) for x in arrays]
+
+
+def scalars(variant: Variant, case: Case) -> dict[str, float]:
+    lower, upper = case.band
+    scale = float(np.float32(1 / math.sqrt(variant.head_dim)))
+    return {"softmax_scale": scale, "band_lower": lower, "band_upper": upper}
+
+
+def assert_same_in_every_schedule(
+    row, results, *arguments, sums: tuple[int, ...] = (), **keywords
+) -> None:
+    """The results of every other schedule are those of the eager one; `sums` up to the order of
+    additions."""
+    for schedule in SCHEDULES:
+        others = row(*arguments, schedule=schedule, **keywords)
+        for index, (result, other) in enumerate(zip(results, others, strict=True)):
+            if index in sums:
+                tolerance = 4e-7 * max(np.abs(result).max(initial=0), 1e-30) * 16
+                np.testing.assert_allclose(other, result, 0, tolerance, err_msg=schedule)
+            else:
+                assert result.tobytes() == other.tobytes(), f"result {index} differs in {schedule}"
+
+
+@cases
+@rows(Kernel.forward)
+def test_forward(emulated, variant: Variant, case: Case) -> None:
+    q, k, v, _, _ = operands(variant, case)
+    row, values = emulated(variant.name), scalars(variant, case)
+    results = row((q, k, v), values, check=True)
+    scale = values["softmax_scale"]
+    expected = Oracle(case.seen, scale).forward(*as64(q, k, v))
+    baseline = xla_attention(q, k, v, case.seen, scale)
+    verdicts = []
+    for name, *triple in zip(("out", "lse"), results, expected, baseline, strict=True):
+        verdicts += judge(name, *triple)
+    assert not failures(verdicts), failures(verdicts)
+    assert_same_in_every_schedule(row, results, (q, k, v), values)
+
+
+def padded(x: np.ndarray, fill: float) -> np.ndarray:
+    """[B, N, T] to [B, N, R]."""
+    missing = round_up(x.shape[-1], _variants.ROW_MULTIPLE) - x.shape[-1]
+    return np.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+
+
+def residuals(q, k, v, case: Case, scale: float):
+    """out and lse as a forward pass leaves them, rounded from float64."""
+    out, lse = Oracle(case.seen, scale).forward(*as64(q, k, v))
+    return jnp.asarray(out, q.dtype), lse.astype(np.float32)
+
+
+@cases
+@rows(Kernel.backward_preprocess)
+def test_backward_preprocess(emulated, variant: Variant, case: Case) -> None:
+    q, k, v, dout, dlse = operands(variant, case)
+    out, lse = residuals(q, k, v, case, scalars(variant, case)["softmax_scale"])
+    row = emulated(variant.name)
+    results = row((out, dout, lse, dlse), {}, check=True)
+    dpsum, lse_log2, dq_accum = results
+    products = np.einsum("btnv,btnv->bnt", *as64(out, dout))
+    magnitude = np.einsum("btnv,btnv->bnt", *np.abs(as64(out, dout))) + np.abs(dlse)
+    error = np.abs(dpsum - padded(products - dlse, 0))
+    assert (error <= 2e-6 * padded(magnitude, 0)).all()
+    expected = padded(np.where(lse == -np.inf, np.inf, lse * np.float64(np.log2(np.e))), np.inf)
+    finite = np.isfinite(expected)
+    assert (finite == np.isfinite(lse_log2)).all()
+    assert (lse_log2[~finite] == np.inf).all()
+    np.testing.assert_allclose(lse_log2[finite], expected[finite], 3e-7, 1e-7)
+    assert (dq_accum == 0).all()
+    assert_same_in_every_schedule(row, results, (out, dout, lse, dlse), {})
+
+
+@cases
+@rows(Kernel.backward)
+def test_backward(emulated, variant: Variant, case: Case) -> None:
+    q, k, v, dout, dlse = operands(variant, case)
+    values = scalars(variant, case)
+    scale = values["softmax_scale"]
+    out, lse = residuals(q, k, v, case, scale)
+    lse_log2 = padded(np.where(lse == -np.inf, np.inf, lse * np.log2(np.e)), np.inf)
+    dpsum = np.einsum("btnv,btnv->bnt", *as64(out, dout)) - dlse
+    shape = (case.batch, case.heads[0], round_up(case.seqlen_q, 128), variant.static_dims["E"])
+    workspaces = (
+        lse_log2.astype(np.float32),
+        padded(dpsum, 0).astype(np.float32),
+        np.zeros(shape, np.float32),
+    )
+    row, arguments = emulated(variant.name), (q, k, v, dout, *workspaces)
+    results = row(arguments, values, check=True)
+    dk, dv, dq_accum = results
+    dq = dq_accum[:, :, : case.seqlen_q, : variant.head_dim].transpose(0, 2, 1, 3) * np.float32(
+        scale
+    )
+    assert (dq_accum[:, :, case.seqlen_q :] == 0).all()
+    expected = Oracle(case.seen, scale).backward(*as64(q, k, v, dout, dlse))[:3]
+    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), case.seen, scale)
+    verdicts = []
+    got = (dq.astype(q.dtype), dk, dv)
+    for name, *triple in zip(("dq", "dk", "dv"), got, expected, baseline, strict=True):
+        verdicts += judge(name, *triple)
+    assert not failures(verdicts), failures(verdicts)
+    assert_same_in_every_schedule(row, results, arguments, values, sums=(2,))
+
+
+@cases
+@rows(Kernel.backward_postprocess)
+def test_backward_postprocess(emulated, variant: Variant, case: Case) -> None:
+    rng = np.random.default_rng(7)
+    rows_, width = round_up(case.seqlen_q, 128), variant.static_dims["E"]
+    dq_accum = rng.standard_normal((case.batch, case.heads[0], rows_, width)).astype(np.float32)
+    dq_accum[:, :, case.seqlen_q :] = np.nan
+    row = emulated(variant.name)
+    values = {"softmax_scale": 0.3}
+    (dq,) = row((dq_accum,), values, check=True, free={"T": case.seqlen_q})
+    kept = dq_accum[:, :, : case.seqlen_q, : variant.head_dim].transpose(0, 2, 1, 3)
+    assert (np.asarray(kept * np.float32(0.3)).astype(dq.dtype) == dq).all()
+    assert_same_in_every_schedule(row, [dq], (dq_accum,), values, free={"T": case.seqlen_q})
+
+
+@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float16", 64)])
+def test_gradients_through_the_primitives(monkeypatch, emulated, dtype: str, head_dim: int) -> None:
+    """What JAX lowers for CUDA, forward and the three backward launches, with the emulator behind
+    it."""
+    from emulator.device import TARGET
+
+    monkeypatch.setattr(_variants, "target_name", lambda kernel: TARGET)
+    variant = next(
+        v
+        for v in VARIANTS
+        if (v.kernel, v.dtype.numpy_name, v.head_dim) == (Kernel.forward, dtype, head_dim)
+    )
+    case = Case(1, 150, 190, (2, 1), {"causal": True})
+    q, k, v, dout, dlse = operands(variant, case)
+    emulated(variant.name)((q, k, v), scalars(variant, case))  # selects the architecture
+    spec = AttentionSpec(softmax_scale=1 / math.sqrt(head_dim), window_right=0)
+    out, lse = _primitives._forward_kernels(q, k, v, spec=spec)
+    gradients = _primitives._backward_kernels(q, k, v, out, lse, dout, dlse, spec=spec)
+    expected = Oracle(case.seen, spec.softmax_scale).backward(*as64(q, k, v, dout, dlse))[:3]
+    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), case.seen, spec.softmax_scale)
+    verdicts = []
+    for name, *triple in zip(("dq", "dk", "dv"), gradients, expected, baseline, strict=True):
+        verdicts += judge(name, *triple)
+    assert not failures(verdicts), failures(verdicts)
