@@ -177,12 +177,21 @@ def copy_wait(e: Emitter, op: Instruction, m: Modifiers) -> None:
 # Execution ----------------------------------------------------------------------------------------
 
 
-def issuing_lanes(active: Array | None, *operands: Array) -> Iterable[int]:
-    """One lane if all active ones agree on the operands, else every active lane."""
+def issuing_lanes(
+    active: Array | None, *operands: Array, idempotent: bool = False
+) -> Iterable[int]:
+    """The lanes that issue an operation each.
+
+    By the ISA every active lane does. CuTe DSL doesn't elect a lane for TMA stores: the machine code
+    has one warp-uniform store, and more of them would only repeat it. So an `idempotent` operation on
+    which all lanes agree is issued once; repeating any other is an error.
+    """
     lanes = list(active_lanes(active))
     if len(lanes) > 1:
         first = lanes[0]
         if all(np.ndim(x) == 0 or (np.asarray(x)[lanes] == x[first]).all() for x in operands):
+            if not idempotent:
+                raise ProtocolError(f"{len(lanes)} lanes issue the same copy: elect one")
             return lanes[:1]
     return lanes
 
@@ -324,7 +333,8 @@ def issue_tensor_store(
     line: int,
 ) -> None:
     """A TMA store or reduction."""
-    for lane in issuing_lanes(active, map_address, source, *coordinates):
+    once = not reduce
+    for lane in issuing_lanes(active, map_address, source, *coordinates, idempotent=once):
         stored = map_at(warp, at(map_address, lane))
         place = tuple(at(coordinate, lane) for coordinate in coordinates)
         cta, offset = warp.cluster.cta_at(at(source, lane))
@@ -441,7 +451,8 @@ def issue_bulk_store(
     line: int,
 ) -> None:
     """cp.async.bulk or cp.reduce.async.bulk to global memory."""
-    for lane in issuing_lanes(active, destination, source, size):
+    once = reduction is None
+    for lane in issuing_lanes(active, destination, source, size, idempotent=once):
         count, address = at(size, lane), at(destination, lane)
         cta, offset = warp.cluster.cta_at(at(source, lane))
         if cta is not warp.cta:
