@@ -8,10 +8,9 @@ import struct
 
 import numpy as np
 import pytest
-from emulator import instruction_set, ptx
+from emulator import instruction_set
 from emulator.errors import UnsupportedInstruction
-from emulator.launch import Configuration, Launch, Program
-from emulator.memory import GlobalMemory
+from emulator.harness import run_body
 
 U32, U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 LANE = np.arange(32, dtype=np.uint32)
@@ -25,49 +24,6 @@ def bits(value: float) -> int:
 def doubled(low: float, high: float) -> int:
     """Two float32s in 64 bits."""
     return bits(low) | bits(high) << 32
-
-
-def run_body(
-    body: str,
-    inputs: tuple[np.ndarray, ...],
-    output: np.ndarray,
-    *,
-    block: int = 32,
-    shared: int = 4096,
-    **options,
-) -> np.ndarray:
-    """Run a kernel body. %in0, %in1, ... and %out are the 64-bit addresses of the arrays; %tid,
-    %addr (32 bits) and %off (%tid * 8) are free to use; `output` is returned."""
-    parameters = [f".param .u64 p{i}" for i in range(len(inputs) + 1)]
-    loads = [f"ld.param.b64 %in{i}, [p{i}];" for i in range(len(inputs))]
-    text = f"""
-.version 9.0
-.target sm_100a
-.address_size 64
-.extern .shared .align 1024 .b8 smem[];
-.visible .entry kernel({", ".join(parameters)})
-{{
-    .reg .pred %p<16>; .reg .b16 %h<16>; .reg .b32 %r<200>; .reg .b64 %d<64>;
-    .reg .b64 %in<4>; .reg .b64 %out; .reg .b32 %tid; .reg .b32 %smem; .reg .b64 %off;
-    {" ".join(loads)}
-    ld.param.b64 %out, [p{len(inputs)}];
-    mov.u32 %tid, %tid.x;
-    mov.b32 %smem, smem;
-    mul.wide.u32 %off, %tid, 8;
-    add.s64 %out, %out, %off;
-    {body}
-    ret;
-}}
-"""
-    (kernel,) = ptx.parse(text).values()
-    memory = GlobalMemory()
-    arrays = [np.ascontiguousarray(x) for x in inputs] + [output]
-    raw = b"".join(struct.pack("<Q", array.ctypes.data) for array in arrays)
-    for index, array in enumerate(arrays):
-        memory.register(array.ctypes.data, array.nbytes, f"p{index}")
-    configuration = Configuration((1, 1, 1), (block, 1, 1), (1, 1, 1), shared)
-    Launch(Program(kernel), configuration, raw, memory, **options).run()
-    return output
 
 
 def results(body: str, count: int = 32) -> np.ndarray:
@@ -529,8 +485,6 @@ def test_atomics(operation: str, kind: str, start: int, value: int, expected: in
     counter = np.array([start], np.uint32)
     body = f"mov.b32 %r1, {value}; atom.global.{operation}.{kind} %r0, [%in0], %r1;"
     run_body(body, (counter,), np.zeros(32, np.uint64))
-    memory = GlobalMemory()
-    assert memory.buffers == []
     assert counter[0] == expected
 
 

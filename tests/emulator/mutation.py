@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -221,14 +222,15 @@ class Mutator:
                     yield "mma", what, _replaced(
                         index, operands=_operand(item, position, Immediate(value))
                     )
-            yield from self._descriptors(index, item, (1, 2))
-            if isinstance(item.operands[3], Register):
-                for value in (0, 1):
-                    flag = _operand(item, 3, Immediate(value))
-                    yield "mma", f"accumulate = {value}", _replaced(index, operands=flag)
+            transposes = [x.value for x in item.operands[6:] if isinstance(x, Immediate)]
+            yield from self._descriptors(index, item, transposes)
+            flag = self._flag(item.operands[3])
+            if flag is not None:
+                wrong = _operand(item, 3, Immediate(1 - flag))
+                yield "mma", f"accumulate = {1 - flag}", _replaced(index, operands=wrong)
         elif opcode.startswith("tcgen05.mma"):
             yield "mma", "dropped", _dropped(index)
-            yield from self._descriptors(index, item, (1, 2))
+            yield from self._descriptors(index, item, ())
         elif opcode.startswith("stmatrix"):
             yield "store", "stmatrix dropped", _dropped(index)
             other = opcode.replace(".trans", "") if ".trans" in opcode else opcode.replace(
@@ -236,21 +238,42 @@ class Mutator:
             yield "store", "stmatrix transposed", _replaced(index, opcode=other)
 
     def _descriptors(
-        self, index: int, item: Instruction, positions: Iterable[int]
+        self, index: int, item: Instruction, transposes: Sequence[int]
     ) -> Iterator[tuple[str, str, Callable]]:
-        """Flip a bit of a matrix descriptor just before its use."""
-        flips = {"layout": 1 << 62, "stride offset": 1 << 35, "start": 1 << 1, "leading offset": 1 << 18}
-        for position in positions:
-            operand = item.operands[position]
-            if not isinstance(operand, Register) or self.kernel.registers[operand.name] != "b64":
-                continue
+        """Flip a bit of a matrix descriptor just before its use; `transposes` are those of the
+        descriptors, in order. A swizzled K-major operand has no leading offset."""
+        flips = {
+            "layout": 1 << 62,
+            "stride offset": 1 << 35,
+            "start": 1 << 1,
+            "leading offset": 1 << 18,
+        }
+        positions = [
+            position
+            for position in (1, 2)
+            if isinstance(operand := item.operands[position], Register)
+            and self.kernel.registers[operand.name] == "b64"
+        ]
+        majors = [*transposes[len(transposes) - len(positions) :], 0, 0]
+        for position, transposed in zip(positions, majors, strict=False):
             for field, bit in flips.items():
+                if field == "leading offset" and not transposed:
+                    continue
                 fresh = Register(f"%mutant{index}_{position}")
-                flip = Instruction(
-                    "xor.b64", (fresh, operand, Immediate(bit)), None, item.line, "mutation"
-                )
+                operands = (fresh, item.operands[position], Immediate(bit))
+                flip = Instruction("xor.b64", operands, None, item.line, "mutation")
                 use = dataclasses.replace(item, operands=_operand(item, position, fresh))
-                yield "descriptor", f"{field} of operand {position}", _instead(index, flip, use)
+                what = f"{field} of operand {position}"
+                yield "descriptor", what, _instead(index, flip, use)
+
+    def _flag(self, operand: Operand) -> int | None:
+        """The constant that a predicate is `setp.ne` of."""
+        if not isinstance(operand, Register) or operand.name not in self.definitions:
+            return None
+        _, definition = self.definitions[operand.name]
+        if definition.opcode != "setp.ne.b32":
+            return None
+        return self._constant(definition.operands[1])
 
     def _arithmetic(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
         opcode, base = item.opcode, item.opcode.partition(".")[0]
@@ -263,8 +286,9 @@ class Mutator:
                 yield "bound", f"{compare} to {swap[compare]}", _replaced(index, opcode=other)
         elif base in ("ex2", "lg2", "rcp"):
             yield "arithmetic", f"{base} dropped", _replaced(index, **move)
-        elif opcode in ("mul.f32", "sub.f32", "max.f32", "fma.rn.f32", "add.f32"):
-            if isinstance(item.operands[1], Register):
+        elif opcode in ("mul.f32", "sub.f32", "fma.rn.f32", "add.f32"):
+            # Not max: any row maximum is right. Not x + 0.
+            if all(isinstance(x, Register) for x in item.operands):
                 yield "arithmetic", f"{base} dropped", _replaced(index, **move)
         elif opcode == "selp.f32":
             first, second = item.operands[1:3]
@@ -381,8 +405,8 @@ def choose(mutants: Iterable[Mutant], lines: set[int], limit: int) -> list[Mutan
             groups[mutant.kind, mutant.what].append(mutant)
     chosen = []
     for group in groups.values():
-        step = max(1, -(-len(group) // limit)) if limit else 1
-        chosen += group[::step]
+        sample = random.Random(f"{group[0].kind} {group[0].what}")
+        chosen += sample.sample(group, min(limit or len(group), len(group)))
     return sorted(chosen, key=lambda m: m.line)
 
 

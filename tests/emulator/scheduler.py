@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .launch import Launch
 
 # More blocks than any kernel here runs per warp at the emulator's sizes, by a factor of ten.
-MAX_BLOCKS = 2_000_000
+MAX_BLOCKS = 200_000
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -31,8 +31,9 @@ from reference import (  # noqa: E402
     xla_gradients,
 )
 
-BATCH, SEQLEN_Q, SEQLEN_K, HEADS, KV_HEADS = 1, 200, 460, 2, 1
-WINDOW = (60, 300)
+# The last chunk of 16 keys of the last tile is partly there, and seen by some queries.
+BATCH, SEQLEN_Q, SEQLEN_K, HEADS, KV_HEADS = 1, 200, 509, 2, 1
+WINDOW = (60, 330)
 
 
 def make_subject(name: str) -> Subject:
