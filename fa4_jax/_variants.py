@@ -2,9 +2,10 @@
 """The table: every kernel this project builds, and what each one takes and returns.
 
 This module is the only home of these facts. The build (`kernels/build.py`) compiles `VARIANTS`, the
-generated C++ registry checks and launches what `SIGNATURES` says, the JAX lowering derives result and
-workspace shapes from `SIGNATURES`, the tests enumerate `VARIANTS`, and the README's support table is
-printed from it. It imports nothing but the standard library, so the build can read it without JAX.
+generated C++ registry checks and launches what `SIGNATURES` says, the JAX lowering derives result
+and workspace shapes from `SIGNATURES`, the tests enumerate `VARIANTS`, and the README's support
+table is printed from it. It imports nothing but the standard library, so the build can read it
+without JAX.
 
 Dimensions are named by one letter everywhere:
 
@@ -35,7 +36,8 @@ TARGET_VERSION = 1
 
 
 class Kernel(enum.StrEnum):
-    """One launch. A training step is forward, backward_preprocess, backward, backward_postprocess."""
+    """One launch. A training step is forward, backward_preprocess, backward,
+    backward_postprocess."""
 
     forward = enum.auto()
     backward_preprocess = enum.auto()
@@ -135,8 +137,8 @@ SIGNATURES: Mapping[Kernel, Signature] = {
     # out = softmax(softmax_scale q k^T + band) v; lse is the natural logarithm of the row sums,
     # -inf for a row that sees no key (whose out is 0).
     Kernel.forward: Signature((_Q, _K, _V), (_OUT, _LSE), (_SCALE, *_BAND)),
-    # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in padding
-    # rows and for rows that see no key, so that their probabilities are 0; dq_accum = 0.
+    # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in
+    # padding rows and for rows that see no key, so that their probabilities are 0; dq_accum = 0.
     Kernel.backward_preprocess: Signature(
         (_OUT, _DOUT, _LSE, Buffer("dlse", "BNT", DType.f32)), (_DPSUM, _LSE_LOG2, _DQ_ACCUM)
     ),
@@ -167,7 +169,8 @@ class Tiles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One compiled kernel: what it computes (kernel, dtype, head dims), for which chip, and its tiles."""
+    """One compiled kernel: what it computes (kernel, dtype, head dims), for which chip, and its
+    tiles."""
 
     kernel: Kernel
     arch: Arch
@@ -213,13 +216,21 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def grid(
-    kernel: Kernel, arch: Arch, tiles: Mapping[int, Tiles], dtypes: Iterable[DType] = (DType.bf16, DType.f16)
+    kernel: Kernel,
+    arch: Arch,
+    tiles: Mapping[int, Tiles],
+    dtypes: Iterable[DType] = (DType.bf16, DType.f16),
 ) -> Iterator[Variant]:
     """Rows for every dtype and head dim of `tiles` (head dim -> tiles)."""
     for dtype in dtypes:
         for head_dim, tile in tiles.items():
             yield Variant(
-                kernel=kernel, arch=arch, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, tiles=tile
+                kernel=kernel,
+                arch=arch,
+                dtype=dtype,
+                head_dim=head_dim,
+                head_dim_v=head_dim,
+                tiles=tile,
             )
 
 
@@ -251,9 +262,16 @@ def target_name(kernel: Kernel) -> str:
 
 
 def built_head_dims(kernel: Kernel, dtype: DType) -> tuple[tuple[int, int], ...]:
-    """Sorted (head_dim, head_dim_v) pairs that some architecture's row of `kernel` and `dtype` has."""
+    """Sorted (head_dim, head_dim_v) pairs that some architecture's row of `kernel` and `dtype`
+    has."""
     return tuple(
-        sorted({(v.head_dim, v.head_dim_v) for v in VARIANTS if v.kernel == kernel and v.dtype == dtype})
+        sorted(
+            {
+                (v.head_dim, v.head_dim_v)
+                for v in VARIANTS
+                if v.kernel == kernel and v.dtype == dtype
+            }
+        )
     )
 
 

@@ -13,7 +13,8 @@ from kernels.common.row_tiles import THREADS, VECTOR, row_tile, rows_per_pass, v
 
 
 class BackwardPostprocess:
-    """Host entry and kernel of one row; `__call__` follows `SIGNATURES[Kernel.backward_postprocess]`."""
+    """Host entry and kernel of one row; `__call__` follows
+    `SIGNATURES[Kernel.backward_postprocess]`."""
 
     def __init__(self, variant: Variant):
         self.head_dim, self.tile_m = variant.head_dim, variant.tiles.tile_m

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward, first launch: the row statistics that the main kernel needs, and an empty dq accumulator.
+"""Backward, first launch: the row statistics that the main kernel needs, and an empty dq
+accumulator.
 
     dpsum    = rowsum(out * dout) - dlse       0 in padding rows
     lse_log2 = lse * log2(e)                   +inf in padding rows and rows that see no key
@@ -27,7 +28,8 @@ from kernels.common.softmax import LOG2_E
 
 
 class BackwardPreprocess:
-    """Host entry and kernel of one row; `__call__` follows `SIGNATURES[Kernel.backward_preprocess]`."""
+    """Host entry and kernel of one row; `__call__` follows
+    `SIGNATURES[Kernel.backward_preprocess]`."""
 
     def __init__(self, variant: Variant):
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v

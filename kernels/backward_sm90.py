@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention backward for Hopper: TMA, WGMMA, warp-specialised (FlashAttention-2, algorithm 2; FlashAttention-3).
+"""Attention backward for Hopper: TMA, WGMMA, warp-specialised (FlashAttention-2, algorithm 2;
+FlashAttention-3).
 
 One CTA owns one key tile of one key/value head. It visits the query tiles that the band leaves, for
 every query head of the group, and accumulates dk and dv in registers, so that grouped heads need
@@ -26,21 +27,35 @@ the TMA unit (the only result whose summation order is not fixed).
     compute --[dq]--> store_dq        one slab per warpgroup, named barriers
 """
 
+import functools
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
 from fa4_jax._variants import Variant
 from kernels.common.block_range import BlockRange, visible_blocks
+from kernels.common.copy_sm90 import (
+    accumulator_to_smem,
+    store_matrix,
+    tma_atom,
+    tma_store,
+    tma_tiles,
+)
 from kernels.common.dtypes import element_type
 from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
-from kernels.common.mma_sm90 import as_a_operand, issue_gemm, rows_and_columns, to_16_bit
+from kernels.common.mma_sm90 import (
+    as_a_operand,
+    issue_gemm,
+    make_accumulator,
+    rows_and_columns,
+    to_16_bit,
+)
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.softmax import LOG2_E
 
@@ -70,7 +85,8 @@ class Tma(NamedTuple):
 
 
 class Layouts(NamedTuple):
-    """Shared-memory layouts, stages last. `*_t` are the same bytes seen as the transposed operand."""
+    """Shared-memory layouts, stages last. `*_t` are the same bytes seen as the transposed
+    operand."""
 
     q: cute.ComposedLayout
     q_t: cute.ComposedLayout
@@ -102,7 +118,8 @@ class Smem(NamedTuple):
 
 
 class Mma(NamedTuple):
-    """scores: k q^T and v dout^T; dk, dv: register operand times q, dout; dq: dS^T k; dq_slab: its store."""
+    """scores: k q^T and v dout^T; dk, dv: register operand times q, dout; dq: dS^T k; dq_slab: its
+    store."""
 
     scores: cute.TiledMma
     dk: cute.TiledMma
@@ -161,7 +178,7 @@ class BackwardSm90:
         )
 
     @cute.jit
-    def __call__(
+    def __call__(  # noqa: PLR0913 - the C ABI is flat
         self,
         q: cute.Tensor,
         k: cute.Tensor,
@@ -187,18 +204,18 @@ class BackwardSm90:
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         reduce = cpasync.CopyReduceBulkTensorTileS2GOp(cute.ReductionKind.ADD)
         tma = Tma(
-            *self.tma_atom(load, q, layouts.q, (self.tile_m, self.head_dim)),
-            *self.tma_atom(load, k, layouts.k, (self.tile_n, self.head_dim)),
-            *self.tma_atom(load, v, layouts.v, (self.tile_n, self.head_dim_v)),
-            *self.tma_atom(load, dout, layouts.dout, (self.tile_m, self.head_dim_v)),
-            *self.tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
-            *self.tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
-            *self.tma_atom(reduce, dq, layouts.dq, (DQ_SLAB, DQ_SLAB)),
+            *tma_atom(load, q, layouts.q, (self.tile_m, self.head_dim)),
+            *tma_atom(load, k, layouts.k, (self.tile_n, self.head_dim)),
+            *tma_atom(load, v, layouts.v, (self.tile_n, self.head_dim_v)),
+            *tma_atom(load, dout, layouts.dout, (self.tile_m, self.head_dim_v)),
+            *tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
+            *tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
+            *tma_atom(reduce, dq, layouts.dq, (DQ_SLAB, DQ_SLAB)),
         )
         stages = self.stages
-        tile_bytes = lambda layout: cute.struct.Align[  # noqa: E731
-            cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024
-        ]
+
+        def room(layout: cute.ComposedLayout):
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
 
         @cute.struct
         class Storage:
@@ -208,11 +225,11 @@ class BackwardSm90:
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
-            q: tile_bytes(layouts.q)
-            dout: tile_bytes(layouts.dout)
-            k: tile_bytes(layouts.k)
-            v: tile_bytes(layouts.v)
-            ds: tile_bytes(layouts.ds)
+            q: room(layouts.q)
+            dout: room(layouts.dout)
+            k: room(layouts.k)
+            v: room(layouts.v)
+            ds: room(layouts.ds)
             dq: cute.struct.Align[cute.struct.MemRange[Float32, cute.cosize(layouts.dq)], 1024]
 
         self.storage = Storage
@@ -227,12 +244,9 @@ class BackwardSm90:
             min_blocks_per_mp=1,
         )
 
-    def tma_atom(self, op, array: cute.Tensor, layout: cute.ComposedLayout, tile: tuple[int, int]):
-        """(atom, coordinate tensor) moving one stage of `layout`."""
-        return cpasync.make_tiled_tma_atom(op, array, cute.select(layout, mode=[0, 1]), tile)
-
     def layouts(self) -> Layouts:
-        """Every operand is loaded once and read in both majors: `cute-dsl` layouts of the same bytes."""
+        """Every operand is loaded once and read in both majors: `cute-dsl` layouts of the same
+        bytes."""
         row_major, col_major = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
         m, n, d, dv = self.tile_m, self.tile_n, self.head_dim, self.head_dim_v
         a, b = sm90.make_smem_layout_a, sm90.make_smem_layout_b
@@ -253,7 +267,7 @@ class BackwardSm90:
         """The five products (`Mma`), over all compute warpgroups."""
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
         registers, by_keys = warpgroup.OperandSource.RMEM, (self.warpgroups, 1, 1)
-        make = lambda *args: sm90.make_trivial_tiled_mma(self.dtype, self.dtype, *args)  # noqa: E731
+        make = functools.partial(sm90.make_trivial_tiled_mma, self.dtype, self.dtype)
         return Mma(
             scores=make(k_major, k_major, Float32, by_keys, (64, self.tile_m)),
             dk=make(k_major, mn_major, Float32, by_keys, (64, self.head_dim), registers),
@@ -310,10 +324,15 @@ class BackwardSm90:
 
     def shared_memory(self, storage, layouts: Layouts) -> Smem:
         """The tiles and their transposed views."""
-        tile = lambda field, layout: field.get_tensor(layout.outer, swizzle=layout.inner)  # noqa: E731
-        view = lambda s, layout: cute.make_tensor(  # noqa: E731
-            cute.recast_ptr(s.iterator, layout.inner, self.dtype), layout.outer
-        )
+
+        def tile(field, layout: cute.ComposedLayout) -> cute.Tensor:
+            return field.get_tensor(layout.outer, swizzle=layout.inner)
+
+        def view(s: cute.Tensor, layout: cute.ComposedLayout) -> cute.Tensor:
+            return cute.make_tensor(
+                cute.recast_ptr(s.iterator, layout.inner, self.dtype), layout.outer
+            )
+
         q, dout = tile(storage.q, layouts.q), tile(storage.dout, layouts.dout)
         k, ds = tile(storage.k, layouts.k), tile(storage.ds, layouts.ds)
         rows = cute.make_layout((self.tile_m, self.stages))
@@ -334,8 +353,8 @@ class BackwardSm90:
 
     @cute.jit
     def tile(self, tma: Tma, softmax_scale: Float32, band_lower: Int32, band_upper: Int32) -> Tile:
-        """Decode this CTA's tile. Key tiles of a head are neighbours, so that its q and dout stay in
-        the L2; under a causal band the first, longest ones start first."""
+        """Decode this CTA's tile. Key tiles of a head are neighbours, so that its q and dout stay
+        in the L2; under a causal band the first, longest ones start first."""
         block, _, _ = cute.arch.block_idx()
         seqlen_q, _, heads, _ = tma.g_q.shape
         seqlen_k, _, kv_heads, _ = tma.g_k.shape
@@ -362,10 +381,8 @@ class BackwardSm90:
 
     @cute.jit
     def load(self, tma: Tma, smem: Smem, producers: Pipes, tile: Tile, statistics: Statistics):
-        """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every head."""
-        partition = lambda atom, s, g: cpasync.tma_partition(  # noqa: E731
-            atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
-        )
+        """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every
+        head."""
         bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
         q_producer, dout_producer, k_producer, v_producer = producers
         blocks = tile.blocks
@@ -374,8 +391,8 @@ class BackwardSm90:
             g_v = tma.g_v[None, None, tile.kv_head, tile.batch]
             g_k = cute.local_tile(g_k, (self.tile_n, self.head_dim), (tile.n_block, 0))
             g_v = cute.local_tile(g_v, (self.tile_n, self.head_dim_v), (tile.n_block, 0))
-            s_k, g_k = partition(tma.k, smem.k, g_k)
-            s_v, g_v = partition(tma.v, smem.v, g_v)
+            s_k, g_k = tma_tiles(tma.k, smem.k, g_k)
+            s_v, g_v = tma_tiles(tma.v, smem.v, g_v)
             slot = k_producer.acquire_and_advance()
             cute.copy(tma.k, g_k, s_k[None, 0], tma_bar_ptr=slot.barrier)
             slot = v_producer.acquire_and_advance()
@@ -386,8 +403,8 @@ class BackwardSm90:
                 g_dout = tma.g_dout[None, None, head, tile.batch]
                 g_q = cute.local_tile(g_q, (self.tile_m, self.head_dim), (None, 0))
                 g_dout = cute.local_tile(g_dout, (self.tile_m, self.head_dim_v), (None, 0))
-                s_q, g_q = partition(tma.q, smem.q, g_q)
-                s_dout, g_dout = partition(tma.dout, smem.dout, g_dout)
+                s_q, g_q = tma_tiles(tma.q, smem.q, g_q)
+                s_dout, g_dout = tma_tiles(tma.dout, smem.dout, g_dout)
                 rows = (self.tile_m,)
                 g_lse = cute.local_tile(statistics.lse_log2[tile.batch, head, None], rows, (None,))
                 g_dpsum = cute.local_tile(statistics.dpsum[tile.batch, head, None], rows, (None,))
@@ -420,7 +437,8 @@ class BackwardSm90:
 
     @cute.jit
     def compute(self, thread: Int32, mma: Mma, smem: Smem, consumers: Pipes, tile: Tile, tma: Tma):
-        """The five products of every visited query tile for this warpgroup's 64 keys, then dk and dv."""
+        """The five products of every visited query tile for this warpgroup's 64 keys, then dk and
+        dv."""
         q_consumer, dout_consumer, k_consumer, v_consumer = consumers
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         scores_thread, dq_thread = mma.scores.get_slice(thread), mma.dq.get_slice(thread)
@@ -435,17 +453,11 @@ class BackwardSm90:
 
         tile_nm = (self.tile_n, self.tile_m)
         coords = accumulator_coordinates(mma.scores, thread, tile_nm)
-        accumulator = lambda product, shape: cute.make_rmem_tensor(  # noqa: E731
-            product.get_slice(thread).partition_shape_C(shape), Float32
-        )
-        dk = accumulator(mma.dk, (self.tile_n, self.head_dim))
-        dv = accumulator(mma.dv, (self.tile_n, self.head_dim_v))
+        dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
+        dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
         dk.fill(0.0)
         dv.fill(0.0)
-        stmatrix = cute.make_copy_atom(
-            warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype
-        )
-        ds_copy = cute.make_tiled_copy_C(stmatrix, mma.scores)
+        ds_copy = store_matrix(self.dtype, mma.scores)
         s_ds = ds_copy.get_slice(thread).partition_D(smem.ds)
         s_dq = mma.dq_slab.get_slice(thread % WARPGROUP).partition_C(smem.dq[None, None, group])
         s_lse = self.column_statistic(smem.lse_log2, scores_thread)
@@ -460,8 +472,8 @@ class BackwardSm90:
             for _ in cutlass.range(tile.group, unroll=1):
                 for first, end, masked in blocks.segments(blocks.end):
                     for m in cutlass.range(first, end, unroll=1):
-                        scores = accumulator(mma.scores, tile_nm)
-                        dp = accumulator(mma.scores, tile_nm)
+                        scores = make_accumulator(mma.scores, tile_nm)
+                        dp = make_accumulator(mma.scores, tile_nm)
                         q_slot = q_consumer.wait_and_advance()
                         issue_gemm(
                             mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True
@@ -495,7 +507,7 @@ class BackwardSm90:
                         cute.arch.barrier(
                             barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
                         )
-                        dq = accumulator(mma.dq, (self.tile_m, self.head_dim))
+                        dq = make_accumulator(mma.dq, (self.tile_m, self.head_dim))
                         issue_gemm(mma.dq, dq, f_ds_t[None, None, None, ds_stage], f_k_t, zero=True)
                         issue_gemm(
                             mma.dk,
@@ -525,7 +537,8 @@ class BackwardSm90:
     def column_statistic(self, rows: cute.Tensor, scores_thread) -> cute.Tensor:
         """This thread's entries of a (tile_m, stages) statistic, as (2, column pairs, stages).
 
-        The accumulator's rows are keys and its columns queries, so a broadcast over rows selects them.
+        The accumulator's rows are keys and its columns queries, so a broadcast over rows selects
+        them.
         """
         broadcast = cute.make_tensor(
             rows.iterator,
@@ -553,7 +566,8 @@ class BackwardSm90:
     def probabilities(self, scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
         """scores <- exp2(scale_log2 * scores - lse_log2).
 
-        The statistics are read from shared memory pair by pair: they don't fit in registers as well.
+        The statistics are read from shared memory pair by pair: they don't fit in registers as
+        well.
         """
         for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
             statistic = cute.make_rmem_tensor(2, Float32)
@@ -576,19 +590,12 @@ class BackwardSm90:
 
     @cute.jit
     def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, gradients: tuple):
-        """dk, dv -> 16 bit -> the shared memory of k and v -> TMA stores, which clip keys past seqlen_k."""
+        """dk, dv -> 16 bit -> the shared memory of k and v -> TMA stores, which clip keys past
+        seqlen_k."""
         everybody = self.warpgroups * WARPGROUP
         cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)  # k has been read for dq
-        stmatrix = cute.make_copy_atom(
-            warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype
-        )
-        for product, gradient, s in (
-            (mma.dk, gradients[0], smem.k),
-            (mma.dv, gradients[1], smem.v),
-        ):
-            copy = cute.make_tiled_copy_C(stmatrix, product)
-            rounded = copy.retile(to_16_bit(gradient, self.dtype))
-            cute.copy(copy, rounded, copy.get_slice(thread).partition_D(s[None, None, 0]))
+        accumulator_to_smem(gradients[0], mma.dk, thread, smem.k[None, None, 0])
+        accumulator_to_smem(gradients[1], mma.dv, thread, smem.v[None, None, 0])
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)
         if cute.arch.make_warp_uniform(thread // 32) == 0:
@@ -596,36 +603,20 @@ class BackwardSm90:
                 (tma.dk, smem.k, tma.g_dk, self.head_dim),
                 (tma.dv, smem.v, tma.g_dv, self.head_dim_v),
             ):
-                g = cute.local_tile(
-                    g[None, None, tile.kv_head, tile.batch], (self.tile_n, dim), (tile.n_block, 0)
-                )
-                s, g = cpasync.tma_partition(
-                    atom,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(s[None, None, 0], 0, 2),
-                    cute.group_modes(g, 0, 2),
-                )
-                with cute.arch.elect_one():
-                    cute.copy(atom, s, g)
-                    cute.arch.cp_async_bulk_commit_group()
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                g = g[None, None, tile.kv_head, tile.batch]
+                g = cute.local_tile(g, (self.tile_n, dim), (tile.n_block, 0))
+                tma_store(atom, s[None, None, 0], g)
 
     @cute.jit
     def store_dq(self, tma: Tma, smem: Smem, tile: Tile):
-        """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is handed back."""
+        """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
+        handed back."""
         blocks = tile.blocks
         if blocks.end > blocks.begin:
             for h in cutlass.range(tile.group, unroll=1):
                 g_dq = tma.g_dq[None, None, tile.kv_head * tile.group + h, tile.batch]
                 g_dq = cute.local_tile(g_dq, (DQ_SLAB, DQ_SLAB), (None, None))
-                s_dq, g_dq = cpasync.tma_partition(
-                    tma.dq,
-                    0,
-                    cute.make_layout(1),
-                    cute.group_modes(smem.dq, 0, 2),
-                    cute.group_modes(g_dq, 0, 2),
-                )
+                s_dq, g_dq = tma_tiles(tma.dq, smem.dq, g_dq)
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
                     for group in cutlass.range_constexpr(self.warpgroups):
                         cute.arch.barrier_arrive(
@@ -636,7 +627,8 @@ class BackwardSm90:
                         cute.arch.barrier(
                             barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32
                         )
-                        # Unlike a TMA store, the reduction elects its lane itself (seen in the PTX).
+                        # Unlike a TMA store, the reduction elects its lane itself (seen in the
+                        # PTX).
                         m_slab = m * self.dq_atoms[0] + row
                         cute.copy(tma.dq, s_dq[None, group], g_dq[None, m_slab, column])
                         cute.arch.cp_async_bulk_commit_group()

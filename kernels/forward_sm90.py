@@ -16,8 +16,8 @@ tensor cores.
     load --[k]--> consume      `stages` deep
     load --[v]--> consume      `stages` deep
 
-Shared memory: q, reused by out at the end (a warpgroup overwrites only rows that it alone reads), and
-the k and v rings.
+Shared memory: q, reused by out at the end (a warpgroup overwrites only rows that it alone reads),
+and the k and v rings.
 """
 
 from typing import NamedTuple
@@ -25,16 +25,23 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
 from fa4_jax._variants import Variant
 from kernels.common.block_range import BlockRange, visible_blocks
+from kernels.common.copy_sm90 import accumulator_to_smem, tma_atom, tma_store, tma_tiles
 from kernels.common.dtypes import element_type
 from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
-from kernels.common.mma_sm90 import as_a_operand, issue_gemm, rows_and_columns, to_16_bit
+from kernels.common.mma_sm90 import (
+    as_a_operand,
+    issue_gemm,
+    make_accumulator,
+    rows_and_columns,
+    to_16_bit,
+)
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.softmax import LOG2_E, finish, make_online_softmax, online_softmax, rescale
 
@@ -43,7 +50,8 @@ OUT_WRITTEN, TURN = 1, 2
 
 
 class Tma(NamedTuple):
-    """TMA atoms with the coordinate tensors of q, k (rows, D, head, batch), v (V, rows, head, batch), out."""
+    """TMA atoms with the coordinate tensors of q, k (rows, D, head, batch), v (V, rows, head,
+    batch), out."""
 
     q: cute.CopyAtom
     g_q: cute.Tensor
@@ -108,7 +116,7 @@ class ForwardSm90:
         assert self.head_dim == self.head_dim_v, "out reuses q's shared memory"
 
     @cute.jit
-    def __call__(
+    def __call__(  # noqa: PLR0913 - the C ABI is flat
         self,
         q: cute.Tensor,
         k: cute.Tensor,
@@ -120,7 +128,8 @@ class ForwardSm90:
         band_upper: Int32,
         stream: cuda.CUstream,
     ):
-        # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B operand of p v.
+        # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
+        # operand of p v.
         q, k, out = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
             for t in (q, k, out)
@@ -152,17 +161,12 @@ class ForwardSm90:
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        stage = lambda layout: cute.select(layout, mode=[0, 1])  # noqa: E731
-        q_tile, k_tile, v_tile = (
-            (self.tile_m, self.head_dim),
-            (self.tile_n, self.head_dim),
-            (self.head_dim_v, self.tile_n),
-        )
+        q_tile, k_tile = (self.tile_m, self.head_dim), (self.tile_n, self.head_dim)
         tma = Tma(
-            *cpasync.make_tiled_tma_atom(load, q, stage(layouts.q), q_tile),
-            *cpasync.make_tiled_tma_atom(load, k, stage(layouts.k), k_tile),
-            *cpasync.make_tiled_tma_atom(load, v, stage(layouts.v), v_tile),
-            *cpasync.make_tiled_tma_atom(store, out, stage(layouts.q), q_tile),
+            *tma_atom(load, q, layouts.q, q_tile),
+            *tma_atom(load, k, layouts.k, k_tile),
+            *tma_atom(load, v, layouts.v, (self.head_dim_v, self.tile_n)),
+            *tma_atom(store, out, layouts.q, q_tile),
         )
 
         @cute.struct
@@ -248,9 +252,6 @@ class ForwardSm90:
     def load(self, tma: Tma, smem: Smem, producers: tuple, tile: Tile):
         """q once; then k and v of every visited tile, last to first, k one tile ahead of v."""
         q_producer, k_producer, v_producer = producers
-        partition = lambda atom, s, g: cpasync.tma_partition(  # noqa: E731
-            atom, 0, cute.make_layout(1), cute.group_modes(s, 0, 2), cute.group_modes(g, 0, 2)
-        )
         g_q = cute.local_tile(
             tma.g_q[None, None, tile.head, tile.batch],
             (self.tile_m, self.head_dim),
@@ -262,9 +263,9 @@ class ForwardSm90:
         g_v = cute.local_tile(
             tma.g_v[None, None, tile.kv_head, tile.batch], (self.head_dim_v, self.tile_n), (0, None)
         )
-        s_q, g_q = partition(tma.q, smem.q, g_q)
-        s_k, g_k = partition(tma.k, smem.k, g_k)
-        s_v, g_v = partition(tma.v, smem.v, g_v)
+        s_q, g_q = tma_tiles(tma.q, smem.q, g_q)
+        s_k, g_k = tma_tiles(tma.k, smem.k, g_k)
+        s_v, g_v = tma_tiles(tma.v, smem.v, g_v)
         blocks = tile.blocks
         if blocks.end > blocks.begin:
             slot = q_producer.acquire_and_advance()
@@ -305,11 +306,8 @@ class ForwardSm90:
         f_k = mma.scores.make_fragment_B(scores_thread.partition_B(smem.k))
         f_v = mma.out.make_fragment_B(out_thread.partition_B(smem.v))
         tile_mn = (self.tile_m, self.tile_n)
-        scores_shape = scores_thread.partition_shape_C(tile_mn)
         coords = accumulator_coordinates(mma.scores, thread, tile_mn)
-        acc = cute.make_rmem_tensor(
-            out_thread.partition_shape_C((self.tile_m, self.head_dim_v)), Float32
-        )
+        acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
         acc.fill(0.0)
         acc_rows = rows_and_columns(acc)
         softmax = make_online_softmax(cute.size(acc_rows, mode=[0]))
@@ -318,7 +316,7 @@ class ForwardSm90:
 
         if blocks.end > blocks.begin:
             q_consumer.wait()
-            scores = cute.make_rmem_tensor(scores_shape, Float32)
+            scores = make_accumulator(mma.scores, tile_mn)
             self.first_turn(group)
             k_slot = k_consumer.wait_and_advance()
             self.wait_turn(group)
@@ -333,7 +331,7 @@ class ForwardSm90:
 
             for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
                 for i in cutlass.range(end - first, unroll=1):
-                    scores = cute.make_rmem_tensor(scores_shape, Float32)
+                    scores = make_accumulator(mma.scores, tile_mn)
                     k_slot = k_consumer.wait_and_advance()
                     self.wait_turn(group)
                     issue_gemm(
@@ -389,34 +387,16 @@ class ForwardSm90:
 
     @cute.jit
     def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, acc: cute.Tensor):
-        """acc -> 16 bit -> q's shared memory (stmatrix) -> TMA store, which clips rows past seqlen_q."""
-        atom = cute.make_copy_atom(
-            warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype
-        )
-        copy = cute.make_tiled_copy_C(atom, mma.out)
+        """acc -> 16 bit -> q's shared memory (stmatrix) -> TMA store, which clips rows past
+        seqlen_q."""
         s_out = smem.q[None, None, 0]
-        cute.copy(
-            copy, copy.retile(to_16_bit(acc, self.dtype)), copy.get_slice(thread).partition_D(s_out)
-        )
+        accumulator_to_smem(acc, mma.out, thread, s_out)
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=OUT_WRITTEN, number_of_threads=self.warpgroups * WARPGROUP)
         if cute.arch.make_warp_uniform(thread // 32) == 0:
-            g_out = cute.local_tile(
-                tma.g_out[None, None, tile.head, tile.batch],
-                (self.tile_m, self.head_dim_v),
-                (tile.m_block, 0),
-            )
-            s, g = cpasync.tma_partition(
-                tma.out,
-                0,
-                cute.make_layout(1),
-                cute.group_modes(s_out, 0, 2),
-                cute.group_modes(g_out, 0, 2),
-            )
-            with cute.arch.elect_one():
-                cute.copy(tma.out, s, g)
-                cute.arch.cp_async_bulk_commit_group()
-                cute.arch.cp_async_bulk_wait_group(0, read=True)
+            g_out = tma.g_out[None, None, tile.head, tile.batch]
+            tile_shape = (self.tile_m, self.head_dim_v)
+            tma_store(tma.out, s_out, cute.local_tile(g_out, tile_shape, (tile.m_block, 0)))
 
     @cute.jit
     def first_turn(self, group: Int32):
@@ -437,6 +417,7 @@ class ForwardSm90:
 
     @cute.jit
     def last_turn(self, group: Int32):
-        """Close the ring: take the one grant that is still open, so that no barrier is left half full."""
+        """Close the ring: take the one grant that is still open, so that no barrier is left half
+        full."""
         if group == 0:
             cute.arch.barrier(barrier_id=TURN, number_of_threads=2 * WARPGROUP)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles of the other sequence a tile must visit under the band, and which of them need a mask.
+"""Which tiles of the other sequence a tile must visit under the band, and which of them need a
+mask.
 
 The band: query i sees key j when i + lower <= j <= i + upper. Seen from a key, that is
 j - upper <= i <= j - lower: the same form with bounds (-upper, -lower). So one function serves the
@@ -13,7 +14,8 @@ from cutlass import Int32, cute
 
 
 class BlockRange(NamedTuple):
-    """Tiles [begin, end) hold every visible element; those in [full_begin, full_end) hold no other."""
+    """Tiles [begin, end) hold every visible element; those in [full_begin, full_end) hold no
+    other."""
 
     begin: Int32
     end: Int32
@@ -46,7 +48,10 @@ def visible_blocks(
 
     Element i of this sequence sees [i + lower, i + upper] of the other.
     """
-    clamp = lambda x: cutlass.max(0, cutlass.min(x, length))  # noqa: E731
+
+    def clamp(x: Int32) -> Int32:
+        return cutlass.max(0, cutlass.min(x, length))
+
     begin = clamp(first + lower) // tile
     end = cute.ceil_div(clamp(last + upper + 1), tile)
     return BlockRange(

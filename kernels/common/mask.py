@@ -27,9 +27,10 @@ def accumulator_coordinates(
 ) -> Coordinates:
     """Coordinates of `thread`'s elements in the accumulator of a tile, as (rows, columns)."""
     identity = cute.make_identity_tensor(tile)
-    part = lambda t: rows_and_columns(tiled_mma.get_slice(t).partition_C(identity))  # noqa: E731
-    row, column = part(thread)[0, 0]
-    return Coordinates(row, column, part(0))
+    mine, first = (
+        rows_and_columns(tiled_mma.get_slice(t).partition_C(identity)) for t in (thread, 0)
+    )
+    return Coordinates(*mine[0, 0], first)
 
 
 @cute.jit

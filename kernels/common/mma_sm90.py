@@ -11,7 +11,7 @@ so a row lives in four adjacent lanes.
 """
 
 import cutlass
-from cutlass import cute
+from cutlass import Float32, cute
 from cutlass.cute.nvgpu import warpgroup
 
 LANES_PER_ROW = 4
@@ -27,7 +27,8 @@ def issue_gemm(
 ):
     """Issue acc (+)= a b as one committed WGMMA group; the caller waits for it.
 
-    The atom is local: setting ACCUMULATE on the caller's inside a loop would leak an SSA value out of it.
+    The atom is local: setting ACCUMULATE on the caller's inside a loop would leak an SSA value out
+    of it.
     """
     atom = cute.make_mma_atom(tiled_mma.op)
     atom.set(warpgroup.Field.ACCUMULATE, not zero)
@@ -38,8 +39,14 @@ def issue_gemm(
     warpgroup.commit_group()
 
 
+def make_accumulator(tiled_mma: cute.TiledMma, tile: tuple[int, int]) -> cute.Tensor:
+    """This thread's registers for an fp32 accumulator of `tile` (rows, columns), uninitialised."""
+    return cute.make_rmem_tensor(tiled_mma.get_slice(0).partition_shape_C(tile), Float32)
+
+
 def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
-    """View an accumulator-shaped tensor ((2, 2, V), M, N) as (rows of this thread, columns of this thread)."""
+    """View an accumulator-shaped tensor ((2, 2, V), M, N) as (rows of this thread, columns of this
+    thread)."""
     shape, stride = acc.layout.shape, acc.layout.stride
     return cute.make_tensor(
         acc.iterator,
@@ -51,7 +58,8 @@ def rows_and_columns(acc: cute.Tensor) -> cute.Tensor:
 
 
 def as_a_operand(acc: cute.Tensor) -> cute.Tensor:
-    """View a 16-bit accumulator-shaped tensor ((2, 2, V), M, N) as the register A operand ((2, 2, 2), M, (V/2, N)).
+    """View a 16-bit accumulator-shaped tensor ((2, 2, V), M, N) as the register A operand ((2, 2,
+    2), M, (V/2, N)).
 
     The accumulator's layout is the A fragment's, two 8-column groups per k16 step: no data moves.
     """

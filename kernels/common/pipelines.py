@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every warp-specialised Hopper kernel shares: the register split and TMA-fed mbarrier rings."""
+"""What every warp-specialised Hopper kernel shares: the register split and TMA-fed mbarrier
+rings."""
 
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ class RegisterSplit(NamedTuple):
 
 
 def register_split(consumer_warpgroups: int) -> RegisterSplit:
-    """The largest split that fits 65,536 registers with one loading warpgroup beside the consumers."""
+    """The largest split that fits 65,536 registers with one loading warpgroup beside the
+    consumers."""
     return {1: RegisterSplit(56, 256), 2: RegisterSplit(24, 240), 3: RegisterSplit(32, 160)}[
         consumer_warpgroups
     ]
@@ -33,14 +35,13 @@ def load_tile_pipeline(
     """(producer, consumer) of a ring that TMA fills and `consumer_warps` warps drain.
 
     One stage receives a tile of `layout` (stages last) plus `extra_bytes` on the same barrier. The
-    producer is one elected lane; a consumer warp releases with one lane, so the arrival count is warps.
+    producer is one elected lane; a consumer warp releases with one lane, so the arrival count is
+    warps.
     """
     one = pipeline.CooperativeGroup(pipeline.Agent.Thread)
     consumers = pipeline.CooperativeGroup(pipeline.Agent.Thread, consumer_warps)
     return pipeline.PipelineTmaAsync.create(
-        num_stages=layout.outer.shape[2][1]
-        if isinstance(layout.outer.shape[2], tuple)
-        else layout.outer.shape[2],
+        num_stages=cute.size(layout, mode=[2]),
         producer_group=one,
         consumer_group=consumers,
         tx_count=cute.size_in_bytes(dtype, cute.select(layout, mode=[0, 1])) + extra_bytes,

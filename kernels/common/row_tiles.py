@@ -49,5 +49,6 @@ def rows_per_pass(head_dim: int) -> int:
 
 
 def vector_at(row: cute.Tensor, column: Int32, length: int = VECTOR) -> cute.Tensor:
-    """The `length` elements of a contiguous row from `column` (a multiple of `length`) on, for 16-byte copies."""
+    """The `length` elements of a contiguous row from `column` (a multiple of `length`) on, for
+    16-byte copies."""
     return cute.local_tile(row, (length,), (column // length,))

@@ -35,7 +35,8 @@ def make_online_softmax(rows: int) -> OnlineSoftmax:
 
 
 def row_maximum(scores: cute.Tensor, row: int, initial: Float32) -> Float32:
-    """Maximum of a row over its four lanes. Four chains: one of 32 dependent maxima would be latency bound."""
+    """Maximum of a row over its four lanes. Four chains: one of 32 dependent maxima would be
+    latency bound."""
     chains = [initial] + [scores[row, c] for c in range(1, 4)]
     columns = cute.size(scores, mode=[1])
     for c in range(columns):
@@ -49,7 +50,8 @@ def row_maximum(scores: cute.Tensor, row: int, initial: Float32) -> Float32:
 
 @cute.jit
 def online_softmax(state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float32):
-    """scores (rows, columns), raw q k^T with -inf where masked -> exp2(scale_log2 * (scores - maximum)).
+    """scores (rows, columns), raw q k^T with -inf where masked -> exp2(scale_log2 * (scores -
+    maximum)).
 
     Updates the state and leaves in `state.decay` the factor for everything accumulated so far.
     """
@@ -76,7 +78,8 @@ def rescale(acc: cute.Tensor, factors: cute.Tensor):
 def finish(state: OnlineSoftmax, softmax_scale: Float32):
     """Turn the state into results: decay <- 1 / sum (0 for a row that saw no key), row_max <- LSE.
 
-    The LSE is the natural logarithm of the sum of exp(softmax_scale * score), -inf for an empty row.
+    The LSE is the natural logarithm of the sum of exp(softmax_scale * score), -inf for an empty
+    row.
     """
     for r in cutlass.range_constexpr(cute.size(state.row_sum)):
         total = cute.arch.warp_reduction(

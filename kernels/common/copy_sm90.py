@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles between global memory, shared memory and accumulators."""
+
+import cutlass
+from cutlass import Int32, cute
+from cutlass.cute.nvgpu import cpasync, warp
+
+from kernels.common.mma_sm90 import to_16_bit
+
+
+def tma_atom(op, array: cute.Tensor, layout: cute.ComposedLayout, tile: tuple[int, int]):
+    """(atom, coordinate tensor of `array`) moving one stage of a shared-memory `layout`."""
+    return cpasync.make_tiled_tma_atom(op, array, cute.select(layout, mode=[0, 1]), tile)
+
+
+def tma_tiles(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
+    """(smem, gmem) as `atom` copies them: the tile's two modes become one, the others stay."""
+    tile_first = (cute.group_modes(t, 0, 2) for t in (smem, gmem))
+    return cpasync.tma_partition(atom, 0, cute.make_layout(1), *tile_first)
+
+
+def store_matrix(dtype: type[cutlass.Numeric], tiled_mma: cute.TiledMma) -> cute.TiledCopy:
+    """The copy of an accumulator, rounded to 16 bits, to a row-major shared-memory tile."""
+    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
+    return cute.make_tiled_copy_C(atom, tiled_mma)
+
+
+@cute.jit
+def accumulator_to_smem(
+    acc: cute.Tensor, tiled_mma: cute.TiledMma, thread: Int32, smem: cute.Tensor
+):
+    """Round this thread's part of an accumulator and write it to `smem` (rows, columns)."""
+    copy = store_matrix(smem.element_type, tiled_mma)
+    rounded = copy.retile(to_16_bit(acc, smem.element_type))
+    cute.copy(copy, rounded, copy.get_slice(thread).partition_D(smem))
+
+
+@cute.jit
+def tma_store(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
+    """Store a tile and wait until it has been read. Called by one warp, after a proxy fence and a
+    barrier. Rows past the array's end are clipped."""
+    smem, gmem = tma_tiles(atom, smem, gmem)
+    # Unlike a TMA load, the copy doesn't elect its lane: all 32 would store (seen in the PTX).
+    with cute.arch.elect_one():
+        cute.copy(atom, smem, gmem)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
