@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the emulator must notice: a small kernel with each defect, and the same kernel without it."""
+"""What the emulator must notice: a small kernel with each defect, and the same kernel without
+it."""
 
 from __future__ import annotations
 
@@ -77,7 +78,9 @@ def test_deadlock_says_who_waits_for_what() -> None:
 
 def test_deadlock_at_a_named_barrier() -> None:
     body = "setp.ne.u32 %p1, %warp, 0; @%p1 bra OUT; bar.sync 3, 64; OUT:"
-    with pytest.raises(Deadlock, match=r"named barrier 3 of CTA 0 \(32 of 64 threads arrived: warp 0"):
+    with pytest.raises(
+        Deadlock, match=r"named barrier 3 of CTA 0 \(32 of 64 threads arrived: warp 0"
+    ):
         run(body)
 
 
@@ -87,7 +90,9 @@ def test_roles_are_named() -> None:
 
 
 def test_the_message_has_kernel_warp_line_and_instruction() -> None:
-    with pytest.raises(OutOfBounds, match=r"kernel: warp 0 \(warp\) of CTA \(0, 0, 0\): PTX line \d+: ld.shared"):
+    with pytest.raises(
+        OutOfBounds, match=r"kernel: warp 0 \(warp\) of CTA \(0, 0, 0\): PTX line \d+: ld.shared"
+    ):
         run("ld.shared.b32 %r1, [%smem+5000];")
 
 
@@ -95,7 +100,9 @@ def test_the_message_has_kernel_warp_line_and_instruction() -> None:
 
 
 def test_too_many_arrivals() -> None:
-    body = initialised(1) + "setp.lt.u32 %p2, %tid, 1; @%p2 mbarrier.arrive.shared.b64 _, [%smem], 2;"
+    body = (
+        initialised(1) + "setp.lt.u32 %p2, %tid, 1; @%p2 mbarrier.arrive.shared.b64 _, [%smem], 2;"
+    )
     with pytest.raises(BarrierError, match="arrivals exceed the expected count: 2 of 1"):
         run(body)
 
@@ -118,18 +125,25 @@ def test_uninitialised_mbarrier() -> None:
 
 
 def test_mbarrier_initialised_while_in_use() -> None:
-    body = initialised(2) + """
+    body = (
+        initialised(2)
+        + """
     setp.ne.u32 %p2, %tid, 0; @%p2 bra OUT;
     mbarrier.arrive.shared.b64 _, [%smem];
     mbarrier.init.shared.b64 [%smem], 2;
 OUT:"""
+    )
     with pytest.raises(BarrierError, match="initialised again while in use"):
         run(body)
 
 
 def test_use_of_an_mbarrier_that_nothing_orders_after_its_initialisation() -> None:
-    unordered = initialised().replace("bar.sync 0;", "") + SPLIT_WARPS + """
+    unordered = (
+        initialised().replace("bar.sync 0;", "")
+        + SPLIT_WARPS
+        + """
     @!%p1 bra OUT; mbarrier.test_wait.parity.shared.b64 %p2, [%smem], 0; OUT:"""
+    )
     with pytest.raises((RaceError, BarrierError), match="mbarrier"):
         run(unordered)
 
@@ -160,9 +174,14 @@ SCHEDULES = ("eager", "late", "random:3", "pct:3")
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bulk_copies_land(schedule: str) -> None:
-    body = initialised() + copy(128) + wait() + """
+    body = (
+        initialised()
+        + copy(128)
+        + wait()
+        + """
     and.b32 %r7, %tid, 15; mad.lo.s32 %r7, %r7, 4, %smem;
     ld.shared.b32 %r8, [%r7+256]; cvt.u64.u32 %d1, %r8; st.global.b64 [%out], %d1;"""
+    )
     got = run(body, SOURCE, schedule=Schedule.parse(schedule))
     assert (got == np.arange(64) % 16).all()
 
@@ -170,7 +189,9 @@ def test_bulk_copies_land(schedule: str) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("size", [64, 112, None])
 def test_too_few_bytes_announced(schedule: str, size: int | None) -> None:
-    with pytest.raises((BarrierError, ProtocolError, Deadlock), match="transaction count|bytes expected"):
+    with pytest.raises(
+        (BarrierError, ProtocolError, Deadlock), match="transaction count|bytes expected"
+    ):
         run(initialised() + copy(size) + wait(), SOURCE, schedule=Schedule.parse(schedule))
 
 
@@ -180,7 +201,9 @@ def test_too_many_bytes_announced() -> None:
 
 
 def test_a_copy_by_every_lane() -> None:
-    body = initialised() + copy(128).replace("setp.ne.u32 %p2, %tid, 0;", SPLIT_WARPS + "mov.pred %p2, %p1;")
+    body = initialised() + copy(128).replace(
+        "setp.ne.u32 %p2, %tid, 0;", SPLIT_WARPS + "mov.pred %p2, %p1;"
+    )
     with pytest.raises((ProtocolError, BarrierError), match="elect one|exceed"):
         run(body + wait(), SOURCE)
 
@@ -194,7 +217,9 @@ def test_mbarrier_without_its_fence() -> None:
 def test_data_read_before_the_wait() -> None:
     body = initialised() + copy(128) + "ld.shared.b32 %r8, [%smem+256];" + wait()
     body = body.replace("ld.shared", "@!%p2 ld.shared")
-    with pytest.raises(RaceError, match="read by warp 0 .* not ordered after the write by copies of"):
+    with pytest.raises(
+        RaceError, match="read by warp 0 .* not ordered after the write by copies of"
+    ):
         run(body, SOURCE)
 
 
@@ -214,10 +239,16 @@ def test_bulk_copy_beyond_the_buffer() -> None:
 
 @pytest.mark.parametrize(
     "instruction",
-    ["ld.global.b64 %d1, [%out+512];", "st.global.b64 [%out+512], %d1;", "ld.global.b64 %d1, [%out+-8];"],
+    [
+        "ld.global.b64 %d1, [%out+512];",
+        "st.global.b64 [%out+512], %d1;",
+        "ld.global.b64 %d1, [%out+-8];",
+    ],
 )
 def test_global_access_out_of_bounds(instruction: str) -> None:
-    with pytest.raises(OutOfBounds, match=r"8 bytes at 0x\w+ \(access \d+\); nearest is p0, 512 bytes"):
+    with pytest.raises(
+        OutOfBounds, match=r"8 bytes at 0x\w+ \(access \d+\); nearest is p0, 512 bytes"
+    ):
         run(instruction)
 
 
@@ -226,7 +257,9 @@ def test_misaligned_global_access() -> None:
         run("add.s64 %d2, %out, 4; ld.global.b64 %d1, [%d2];")
 
 
-@pytest.mark.parametrize("instruction", ["ld.shared.b32 %r1, [%smem+4096];", "st.shared.b32 [%smem+-4], %r1;"])
+@pytest.mark.parametrize(
+    "instruction", ["ld.shared.b32 %r1, [%smem+4096];", "st.shared.b32 [%smem+-4], %r1;"]
+)
 def test_shared_access_out_of_bounds(instruction: str) -> None:
     with pytest.raises(OutOfBounds, match="shared memory access out of bounds: 4 bytes"):
         run(instruction)
@@ -238,7 +271,9 @@ def test_misaligned_shared_access() -> None:
 
 
 def test_read_of_unwritten_shared_memory() -> None:
-    with pytest.raises(Poison, match=r"warp 0 \(warp\) .* reads shared memory at 0x440, which nothing wrote"):
+    with pytest.raises(
+        Poison, match=r"warp 0 \(warp\) .* reads shared memory at 0x440, which nothing wrote"
+    ):
         run("ld.shared.b32 %r1, [%smem+64];")
 
 
@@ -251,7 +286,9 @@ def test_race_between_warps() -> None:
     body = SPLIT_WARPS + WRITE + READ
     with pytest.raises((RaceError, Poison)):
         run(body, schedule=Schedule.parse("random:1"))
-    with pytest.raises(RaceError, match=r"race on shared memory at 0x440: read by warp 1 .* write by warp 0"):
+    with pytest.raises(
+        RaceError, match=r"race on shared memory at 0x440: read by warp 1 .* write by warp 0"
+    ):
         run(body)
     run(SPLIT_WARPS + WRITE + "bar.sync 1, 64;" + READ)
 
@@ -259,7 +296,9 @@ def test_race_between_warps() -> None:
 def test_race_of_a_reused_buffer() -> None:
     """Write, barrier, read, write again without a second barrier."""
     body = SPLIT_WARPS + WRITE + "bar.sync 1, 64;" + READ
-    with pytest.raises(RaceError, match="write by warp 0 .* is not ordered after the read by warp 1"):
+    with pytest.raises(
+        RaceError, match="write by warp 0 .* is not ordered after the read by warp 1"
+    ):
         run(body + WRITE, schedule=Schedule.parse("eager"))
     run(body + "bar.sync 2, 64;" + WRITE)
 
@@ -316,7 +355,9 @@ def test_source_overwritten_before_the_store_has_read_it() -> None:
     cp.async.bulk.wait_group 0;
 OUT:"""
     target = np.zeros(64, np.uint32)
-    with pytest.raises(RaceError, match="write by warp 0 .* not ordered after the read by bulk stores of"):
+    with pytest.raises(
+        RaceError, match="write by warp 0 .* not ordered after the read by bulk stores of"
+    ):
         run(body.format(wait=""), target)
     run(body.format(wait="cp.async.bulk.wait_group.read 0;"), target)
     assert target[0] == 0
@@ -326,27 +367,38 @@ OUT:"""
 
 def test_race_between_ctas_in_global_memory() -> None:
     both = "st.global.b64 [%in0], %d1;"
-    with pytest.raises(RaceError, match="global memory race: write of p0 at byte 0, which CTA 0 wrote"):
+    with pytest.raises(
+        RaceError, match="global memory race: write of p0 at byte 0, which CTA 0 wrote"
+    ):
         run(both, np.zeros(4, np.uint64), grid=2)
     own = "mov.u32 %r1, %ctaid.x; mul.wide.u32 %d2, %r1, 8; add.s64 %d3, %in0, %d2; st.global.b64 [%d3], %d2;"
     run(own, np.zeros(4, np.uint64), grid=2)
     run("red.global.add.u32 [%in0], 1;", np.zeros(4, np.uint64), grid=2)
     with pytest.raises(RaceError, match="race: reduce of p0 at byte 0, which CTA 0 read"):
-        run("red.global.add.u32 [%in0], 1; ld.global.b32 %r1, [%in0];", np.zeros(4, np.uint64), grid=2)
+        run(
+            "red.global.add.u32 [%in0], 1; ld.global.b32 %r1, [%in0];",
+            np.zeros(4, np.uint64),
+            grid=2,
+        )
 
 
 # Protocols ----------------------------------------------------------------------------------------
 
 
 def test_register_budget() -> None:
-    """64 threads of 64 registers: 2 x 32 x 40 given back pay for 2 x 32 x 32 more, not for 48 more."""
+    """64 threads of 64 registers: 2 x 32 x 40 given back pay for 2 x 32 x 32 more, not for 48
+    more."""
     body = SPLIT_WARPS + "@%p1 bra MORE; setmaxnreg.dec.sync.aligned.u32 24; bra OUT; MORE:"
     run(body + "setmaxnreg.inc.sync.aligned.u32 104; OUT:", registers_per_thread=64)
-    with pytest.raises(Deadlock, match="setmaxnreg.inc to 112: 1536 more registers, 1280 registers are free"):
+    with pytest.raises(
+        Deadlock, match="setmaxnreg.inc to 112: 1536 more registers, 1280 registers are free"
+    ):
         run(body + "setmaxnreg.inc.sync.aligned.u32 112; OUT:", registers_per_thread=64)
 
 
-@pytest.mark.parametrize("instruction", ["inc.sync.aligned.u32 32", "dec.sync.aligned.u32 72", "dec.sync.aligned.u32 30"])
+@pytest.mark.parametrize(
+    "instruction", ["inc.sync.aligned.u32 32", "dec.sync.aligned.u32 72", "dec.sync.aligned.u32 30"]
+)
 def test_wrong_register_counts(instruction: str) -> None:
     with pytest.raises(ProtocolError, match="setmaxnreg"):
         run(f"setmaxnreg.{instruction};", registers_per_thread=64)
@@ -359,7 +411,9 @@ def test_lanes_at_different_sync_instructions() -> None:
 OTHER:
     shfl.sync.idx.b32 %r2, %tid, 0, 31, -1;
 OUT:"""
-    with pytest.raises(ProtocolError, match=r"different .sync instructions: .* \(1 lanes\), \d+ \(31 lanes\)"):
+    with pytest.raises(
+        ProtocolError, match=r"different .sync instructions: .* \(1 lanes\), \d+ \(31 lanes\)"
+    ):
         run(body, block=32)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of the driver, at every call that the exported kernels make: what JAX gets, and the retry.
 
-`test_ffi` fails the C++ library's own calls; here the exported objects are the real ones. They build
-tensor maps themselves, without a driver call, so there is no encode step to fail.
+`test_ffi` fails the C++ library's own calls; here the exported objects are the real ones. They
+build tensor maps themselves, without a driver call, so there is no encode step to fail.
 """
 
 from __future__ import annotations

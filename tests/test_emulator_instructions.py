@@ -71,7 +71,8 @@ FLOATS = [
     ("fma.rn.f32", (2.0, 3.0, 4.0), 10.0),
     # One rounding: the product alone would round to 1 + 2^-22 and the difference would be 0.
     ("fma.rn.f32", (1.0 + 2.0**-23, 1.0 + 2.0**-23, -(1.0 + 2.0**-22)), 2.0**-46),
-    # float64 would round twice here: a tie of the first rounding that the tail 2^-70 breaks upwards.
+    # float64 would round twice here: a tie of the first rounding that the tail 2^-70 breaks
+    # upwards.
     ("fma.rn.f32", (1.0 + 2.0**-12, 2.0**-12, 2.0**-60), 2.0**-12 + 2.0**-24 + 0.0),
     ("fma.rn.f32", (2.0**-12, 2.0**-12, 1.0), 1.0),
     ("fma.rn.f32", (2.0**-12 + 2.0**-35, 2.0**-12, 1.0), 1.0 + 2.0**-23),
@@ -254,7 +255,8 @@ MIXED = [
     ("cvt.rzi.u32.f32 %r0, %r1;", "b32", {"%r1": bits(-5.0)}, 0),
     ("cvt.rzi.s32.f32 %r0, %r1;", "b32", {"%r1": bits(1e20)}, 0x7FFFFFFF),
     ("cvt.rzi.s32.f32 %r0, %r1;", "b32", {"%r1": bits(math.nan)}, 0),
-    # bf16: to nearest even, ties, overflow to infinity, NaN canonical. The first source is the upper.
+    # bf16: to nearest even, ties, overflow to infinity, NaN canonical. The first source is the
+    # upper.
     ("cvt.rn.bf16x2.f32 %r0, %r1, %r2;", "b32", {"%r1": bits(1.0), "%r2": bits(-2.0)}, 0x3F80C000),
     ("cvt.rn.bf16x2.f32 %r0, %r1, %r2;", "b32", {"%r1": 0x3F808000, "%r2": 0x3F818000}, 0x3F803F82),
     ("cvt.rn.bf16x2.f32 %r0, %r1, %r2;", "b32", {"%r1": 0x7F7FFFFF, "%r2": 0x7FC12345}, 0x7F807FFF),
@@ -360,7 +362,9 @@ SHUFFLES = [
 def test_shuffle(mode: str, offset: int, clamp: int, expected: np.ndarray) -> None:
     body = f"shfl.sync.{mode}.b32 %r0, %tid, {offset}, {clamp}, -1; {store_lane()}"
     assert (results(body) == expected).all()
-    dynamic = f"mov.b32 %r5, {offset}; shfl.sync.{mode}.b32 %r0, %tid, %r5, {clamp}, -1; {store_lane()}"
+    dynamic = (
+        f"mov.b32 %r5, {offset}; shfl.sync.{mode}.b32 %r0, %tid, %r5, {clamp}, -1; {store_lane()}"
+    )
     assert (results(dynamic) == expected).all()
 
 
@@ -473,7 +477,9 @@ def test_vectors_are_consecutive() -> None:
 @pytest.mark.parametrize("kind, expected", [("s8", -2 & U32), ("u8", 0xFE), ("s16", -2 & U32)])
 def test_narrow_loads_extend(kind: str, expected: int) -> None:
     data = np.array([0xFFFE], np.uint16)
-    got = run_body(f"ld.global.{kind} %r0, [%in0]; {store_lane()}", (data,), np.zeros(32, np.uint64))
+    got = run_body(
+        f"ld.global.{kind} %r0, [%in0]; {store_lane()}", (data,), np.zeros(32, np.uint64)
+    )
     assert (got == expected).all()
 
 

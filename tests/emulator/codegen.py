@@ -79,6 +79,8 @@ class Block:
     follows_label: bool = False
     convergent: bool = False
     units: collections.Counter[Unit] = dataclasses.field(default_factory=collections.Counter)
+    fma_slots: int = 0
+    """Instructions of the FMA pipe; one on two packed numbers is two."""
 
     @property
     def line(self) -> int:
@@ -111,6 +113,8 @@ def build_blocks(kernel: Kernel) -> tuple[list[Block], dict[str, int]]:
             continue
         block.instructions.append(item)
         block.units[entry.unit] += 1
+        if entry.unit is Unit.fma:
+            block.fma_slots += 2 if item.opcode.endswith("f32x2") else 1
         block.convergent |= entry.convergent
         if entry.ends_block or is_spin(block, item):
             blocks.append(Block(len(blocks)))

@@ -62,6 +62,8 @@ class LaunchRecord:
     name: str
     configuration: Configuration
     counts: Mapping[str, collections.Counter[str]]
+    """By role."""
+    ctas: Sequence[collections.Counter[str]]
     seconds: float
 
 
@@ -273,7 +275,9 @@ class Device:
         start = time.perf_counter()
         launch.run()
         seconds = time.perf_counter() - start
-        self.launches.append(LaunchRecord(program.name, configuration, launch.counts, seconds))
+        self.launches.append(
+            LaunchRecord(program.name, configuration, launch.counts, launch.ctas, seconds)
+        )
 
     def _digest(self, image: int) -> str:
         """The sha256 of the cubin at an address."""

@@ -14,8 +14,8 @@ from .memory import GlobalMemory
 
 def program_of(body: str, inputs: int = 0) -> Program:
     """A kernel with this body. It finds the addresses of its inputs in %in0, %in1, ... and of its
-    output in %out, advanced by 8 bytes per thread; %tid, %warp and %smem (the start of shared memory) are
-    set, and %p, %h (16 bits), %r, %d (64 bits) and %f registers are free to use.
+    output in %out, advanced by 8 bytes per thread; %tid, %warp and %smem (the start of shared
+    memory) are set, and %p, %h (16 bits), %r, %d (64 bits) and %f registers are free to use.
     """
     parameters = ", ".join(f".param .u64 p{i}" for i in range(inputs + 1))
     loads = " ".join(f"ld.param.b64 %in{i}, [p{i}];" for i in range(inputs))
@@ -27,8 +27,8 @@ def program_of(body: str, inputs: int = 0) -> Program:
 .visible .entry kernel({parameters})
 {{
     .reg .pred %p<16>; .reg .b16 %h<16>; .reg .b32 %r<200>; .reg .b64 %d<64>; .reg .b32 %f<300>;
-    .reg .b64 %in<4>; .reg .b64 %out; .reg .b32 %tid; .reg .b32 %warp; .reg .b32 %smem; .reg .b64 %off;
-    {loads}
+    .reg .b64 %in<4>; .reg .b64 %out; .reg .b32 %tid; .reg .b32 %warp; .reg .b32 %smem; .reg .b64
+    %off; {loads}
     ld.param.b64 %out, [p{inputs}];
     mov.u32 %tid, %tid.x;
     shr.u32 %warp, %tid, 5;

@@ -35,6 +35,7 @@ class Unit(enum.StrEnum):
     convert = enum.auto()
     move = enum.auto()
     shared = enum.auto()
+    shuffle = enum.auto()
     memory = enum.auto()
     tensor = enum.auto()
     bulk = enum.auto()

@@ -475,7 +475,7 @@ def map_address(e: Emitter, op: Instruction, m: Modifiers) -> None:
 # Lanes --------------------------------------------------------------------------------------------
 
 
-@instruction("shfl.sync(mode=.up|.down|.bfly|.idx).b32", unit=Unit.shared, convergent=True)
+@instruction("shfl.sync(mode=.up|.down|.bfly|.idx).b32", unit=Unit.shuffle, convergent=True)
 def shuffle(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """9.7.9.6. Lanes outside the member mask are not expected to execute it."""
     destination, value, offset, clamp = op.operands[:4]

@@ -182,9 +182,9 @@ def issuing_lanes(
 ) -> Iterable[int]:
     """The lanes that issue an operation each.
 
-    By the ISA every active lane does. CuTe DSL doesn't elect a lane for TMA stores: the machine code
-    has one warp-uniform store, and more of them would only repeat it. So an `idempotent` operation on
-    which all lanes agree is issued once; repeating any other is an error.
+    By the ISA every active lane does. CuTe DSL doesn't elect a lane for TMA stores: the machine
+    code has one warp-uniform store, and more of them would only repeat it. So an `idempotent`
+    operation on which all lanes agree is issued once; repeating any other is an error.
     """
     lanes = list(active_lanes(active))
     if len(lanes) > 1:

@@ -26,7 +26,7 @@ from .memory import GlobalMemory
 from .ptx import Instruction, Kernel
 from .schedule import Schedule
 from .scheduler import Cluster, registers_of
-from .warp import Exit, Split
+from .warp import Exit, Split, Warp
 
 # Importing the modules registers their instructions.
 INSTRUCTION_MODULES = (
@@ -122,6 +122,7 @@ class Launch:
         self.tensor_maps: dict[int, Any] = {}
         self.parameter_cache: dict[Any, Any] = {}
         self.counts: dict[str, collections.Counter[str]] = {}
+        self.ctas: list[collections.Counter[str]] = []
         self.clusters = 0
 
     def run(self) -> None:
@@ -143,10 +144,23 @@ class Launch:
         finally:
             self.memory.accessor = None
         self.clusters += 1
-        for warp in cluster.warps:
-            counts = self.counts.setdefault(warp.role, collections.Counter())
-            counts.update(warp.counts)
-            for visits, block in zip(warp.visits, self.program.blocks, strict=True):
-                if visits:
-                    for unit, number in block.units.items():
-                        counts[unit] += visits * number
+        for warps in cluster.warps_of:
+            cta: collections.Counter[str] = collections.Counter()
+            for warp in warps:
+                executed = self._executed(warp)
+                cta.update(executed)
+                self.counts.setdefault(warp.role, collections.Counter()).update(executed)
+                # A level, not a count.
+                self.counts[warp.role]["setmaxnreg"] = executed["setmaxnreg"]
+            self.ctas.append(cta)
+
+    def _executed(self, warp: Warp) -> collections.Counter[str]:
+        """Warp instructions by unit, and what the warp counted itself. An instruction whose guard
+        is false counts as well: it is issued."""
+        counts = collections.Counter(warp.counts)
+        for visits, block in zip(warp.visits, self.program.blocks, strict=True):
+            if visits:
+                for unit, number in block.units.items():
+                    counts[unit] += visits * number
+                counts["FMA slots"] += visits * block.fma_slots
+        return counts

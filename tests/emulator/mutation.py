@@ -3,10 +3,10 @@
 
     python -m tests.emulator.mutation fa4_forward_sm90a_bf16_d128 [--limit 3] [--kinds wait,fence]
 
-Takes a compiled row's PTX, changes one instruction at a time, and runs the result like the tests run a
-row: eagerly with the happens-before check, then late and in two seeded schedules, until something is
-reported. Only instructions that the unchanged kernel executes are changed. What survives is either
-equivalent (it says why in docs/emulator-mutations.md) or a hole.
+Takes a compiled row's PTX, changes one instruction at a time, and runs the result like the tests
+run a row: eagerly with the happens-before check, then late and in two seeded schedules, until
+something is reported. Only instructions that the unchanged kernel executes are changed. What
+survives is either equivalent (it says why in docs/emulator-mutations.md) or a hole.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Mutator:
         yield from self._matrix(index, item)
         yield from self._arithmetic(index, item)
 
-    def _synchronisation(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
+    def _synchronisation(
+        self, index: int, item: Instruction
+    ) -> Iterator[tuple[str, str, Callable]]:
         opcode = item.opcode
         if opcode.startswith("mbarrier.try_wait"):
             yield "wait", "dropped", _replaced(index, opcode="setp.eq.b32", operands=(
@@ -122,9 +124,15 @@ class Mutator:
                 flipped = _operand(item, 2, Immediate(parity.value ^ 1))
                 yield "phase", "flipped", _replaced(index, operands=flipped)
             else:
-                yield "phase", "constant", _replaced(index, operands=_operand(item, 2, Immediate(0)))
-            yield "stage", "waits for the next barrier", _replaced(
-                index, operands=_shifted(item, 1, 8)
+                yield (
+                    "phase",
+                    "constant",
+                    _replaced(index, operands=_operand(item, 2, Immediate(0))),
+                )
+            yield (
+                "stage",
+                "waits for the next barrier",
+                _replaced(index, operands=_shifted(item, 1, 8)),
             )
         elif opcode.startswith("mbarrier.arrive.expect_tx"):
             yield from self._expect(index, item)
@@ -132,8 +140,10 @@ class Mutator:
             yield "arrival", "dropped", _dropped(index)
             yield "arrival", "twice", _inserted(index, item)
             place = next(i for i, x in enumerate(item.operands) if isinstance(x, Memory))
-            yield "stage", "arrives at the next barrier", _replaced(
-                index, operands=_shifted(item, place, 8)
+            yield (
+                "stage",
+                "arrives at the next barrier",
+                _replaced(index, operands=_shifted(item, place, 8)),
             )
         elif opcode.startswith("mbarrier.init"):
             yield "init", "dropped", _dropped(index)
@@ -145,8 +155,10 @@ class Mutator:
             yield "named barrier", "sync dropped", _dropped(index)
             if len(item.operands) > 1 and isinstance(item.operands[0], Immediate):
                 other = Immediate((item.operands[0].value + 1) % 16)
-                yield "named barrier", "wrong number", _replaced(
-                    index, operands=_operand(item, 0, other)
+                yield (
+                    "named barrier",
+                    "wrong number",
+                    _replaced(index, operands=_operand(item, 0, other)),
                 )
         elif opcode.startswith(("bar.arrive", "barrier.arrive")):
             yield "named barrier", "arrive dropped", _dropped(index)
@@ -167,8 +179,10 @@ class Mutator:
                 wrong = _operand(item, last, Immediate(count + change))
                 yield "transaction count", f"{change:+} bytes", _replaced(index, operands=wrong)
         plain = item.opcode.replace(".expect_tx", "")
-        yield "transaction count", "not announced", _replaced(
-            index, opcode=plain, operands=item.operands[:last]
+        yield (
+            "transaction count",
+            "not announced",
+            _replaced(index, opcode=plain, operands=item.operands[:last]),
         )
 
     def _copies(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
@@ -187,11 +201,15 @@ class Mutator:
                 if isinstance(operand, Memory) and operand.coordinates is not None:
                     yield from self._coordinates(index, item, position, operand)
             if "mbarrier" in opcode:
-                yield "stage", "signals the next barrier", _replaced(
-                    index, operands=_shifted(item, 2 if "tensor" in opcode else 3, 8)
+                yield (
+                    "stage",
+                    "signals the next barrier",
+                    _replaced(index, operands=_shifted(item, 2 if "tensor" in opcode else 3, 8)),
                 )
-                yield "copy", "lands 128 bytes further", _replaced(
-                    index, operands=_shifted(item, 0, 128)
+                yield (
+                    "copy",
+                    "lands 128 bytes further",
+                    _replaced(index, operands=_shifted(item, 0, 128)),
                 )
         elif opcode.startswith("tcgen05.commit"):
             yield "arrival", "commit dropped", _dropped(index)
@@ -219,8 +237,10 @@ class Mutator:
                 if isinstance(operand, Immediate):
                     value = -operand.value if position < 6 else 1 - operand.value
                     what = f"immediate {position - 4} flipped"
-                    yield "mma", what, _replaced(
-                        index, operands=_operand(item, position, Immediate(value))
+                    yield (
+                        "mma",
+                        what,
+                        _replaced(index, operands=_operand(item, position, Immediate(value))),
                     )
             transposes = [x.value for x in item.operands[6:] if isinstance(x, Immediate)]
             yield from self._descriptors(index, item, transposes)
@@ -334,7 +354,9 @@ def mutated(program: Program, mutant: Mutant) -> Program:
             first = item.operands[0]
             if isinstance(first, Register) and first.name.startswith("%mutant"):
                 registers[first.name] = "b64" if item.opcode.endswith(".b64") else "b32"
-    return Program(dataclasses.replace(program.kernel, body=body, registers=registers), program.name)
+    return Program(
+        dataclasses.replace(program.kernel, body=body, registers=registers), program.name
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,4 +490,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-

@@ -7,15 +7,16 @@ edges of a band, a partial tile at each end, and grouped heads.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
-from fa4_jax._variants import Kernel, Variant, round_up
+from fa4_jax._variants import ROW_MULTIPLE, Kernel, Variant, round_up
 
 from .device import device
 from .mutation import Subject
@@ -31,50 +32,93 @@ from reference import (  # noqa: E402
     xla_gradients,
 )
 
-# The last chunk of 16 keys of the last tile is partly there, and seen by some queries.
-BATCH, SEQLEN_Q, SEQLEN_K, HEADS, KV_HEADS = 1, 200, 509, 2, 1
-WINDOW = (60, 330)
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Sizes and a window."""
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    kv_heads: int
+    window: tuple[int, int]
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which keys each query sees."""
+        return visible(self.seqlen_q, self.seqlen_k, window_size=self.window)
+
+    @property
+    def rows(self) -> int:
+        """Query rows of the workspaces."""
+        return round_up(self.seqlen_q, ROW_MULTIPLE)
+
+    @property
+    def padding(self) -> tuple[tuple[int, int], ...]:
+        """For np.pad of [B, N, T]."""
+        return ((0, 0), (0, 0), (0, self.rows - self.seqlen_q))
+
+
+# The first has four key tiles, a right edge through two of them, and some queries that see the last
+# 16 keys of the last tile. The second has a band that is narrower than a tile, and a whole query
+# tile without keys. T is chosen so that the first row beyond it is in either half of a warp's rows.
+PROBLEMS = (Problem(2, 200, 509, 2, 1, (60, 372)), Problem(1, 290, 100, 1, 1, (10, 5)))
 
 
 def make_subject(name: str) -> Subject:
-    """The row called `name`."""
+    """The row called `name`, on every problem."""
     variant = device().rows[name].variant
-    makers: dict[Kernel, Callable[[Variant], Subject]] = {
+    maker = {
         Kernel.forward: _forward,
         Kernel.backward_preprocess: _backward_preprocess,
         Kernel.backward: _backward,
         Kernel.backward_postprocess: _backward_postprocess,
-    }
-    return makers[variant.kernel](variant)
+    }[variant.kernel]
+    parts = [maker(variant, problem) for problem in PROBLEMS]
+    width = len(variant.signature.results)
+
+    def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
+        return [result for part in parts for result in part.run(schedule, check)]
+
+    def verdict(results: Sequence[np.ndarray]) -> str:
+        verdicts = (
+            part.judge(results[i * width : (i + 1) * width]) for i, part in enumerate(parts)
+        )
+        return "\n".join(filter(None, verdicts))
+
+    exact = tuple(i * width + j for i, part in enumerate(parts) for j in part.exact)
+    return Subject(name, run, verdict, exact)
 
 
-def _tensors(variant: Variant) -> tuple:
+def _tensors(variant: Variant, problem: Problem) -> tuple:
     rng = np.random.default_rng(20)
     dtype = jnp.dtype(variant.dtype.numpy_name)
-    q_shape = (BATCH, SEQLEN_Q, HEADS, variant.head_dim)
-    k_shape = (BATCH, SEQLEN_K, KV_HEADS, variant.head_dim)
+    q_shape = (problem.batch, problem.seqlen_q, problem.heads, variant.head_dim)
+    k_shape = (problem.batch, problem.seqlen_k, problem.kv_heads, variant.head_dim)
     q, k, v, dout = (
         jnp.asarray(rng.standard_normal(s), dtype) for s in (q_shape, k_shape, k_shape, q_shape)
     )
-    dlse = rng.standard_normal((BATCH, HEADS, SEQLEN_Q)).astype(np.float32)
-    return q, k, v, dout, dlse
+    dlse_shape = (problem.batch, problem.heads, problem.seqlen_q)
+    return q, k, v, dout, rng.standard_normal(dlse_shape).astype(np.float32)
 
 
 def _scale(variant: Variant) -> float:
     return float(np.float32(1 / math.sqrt(variant.head_dim)))
 
 
-def _scalars(variant: Variant) -> dict[str, float]:
-    left, right = WINDOW
-    return {"softmax_scale": _scale(variant), "band_lower": -left, "band_upper": right}
+def _scalars(variant: Variant, problem: Problem) -> dict[str, float]:
+    left, right = problem.window
+    limits = (-problem.seqlen_q, problem.seqlen_k)
+    return {
+        "softmax_scale": _scale(variant),
+        "band_lower": max(-left, limits[0]),
+        "band_upper": min(right, limits[1]),
+    }
 
 
 def _as64(*arrays: object) -> list[np.ndarray]:
     return [np.asarray(x, np.float64) for x in arrays]
-
-
-def _seen() -> np.ndarray:
-    return visible(SEQLEN_Q, SEQLEN_K, window_size=WINDOW)
 
 
 def _judged(names: Sequence[str], results: Sequence, expected: Sequence, baseline: Sequence) -> str:
@@ -84,52 +128,47 @@ def _judged(names: Sequence[str], results: Sequence, expected: Sequence, baselin
     return failures(verdicts)
 
 
-def _forward(variant: Variant) -> Subject:
-    q, k, v, _, _ = _tensors(variant)
-    scale = _scale(variant)
-    expected = Oracle(_seen(), scale).forward(*_as64(q, k, v))
-    baseline = xla_attention(q, k, v, _seen(), scale)
+def _forward(variant: Variant, problem: Problem) -> Subject:
+    q, k, v, _, _ = _tensors(variant, problem)
+    scalars, scale = _scalars(variant, problem), _scale(variant)
+    expected = Oracle(problem.seen, scale).forward(*_as64(q, k, v))
+    baseline = xla_attention(q, k, v, problem.seen, scale)
 
     def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
-        return device().run(variant, (q, k, v), _scalars(variant), schedule=schedule, check=check)
+        return device().run(variant, (q, k, v), scalars, schedule=schedule, check=check)
 
     return Subject(
         variant.name, run, lambda got: _judged(("out", "lse"), got, expected, baseline), (0, 1)
     )
 
 
-def _residuals(variant: Variant) -> tuple:
-    q, k, v, dout, dlse = _tensors(variant)
-    out, lse = Oracle(_seen(), _scale(variant)).forward(*_as64(q, k, v))
-    return jnp.asarray(out, q.dtype), lse.astype(np.float32), dout, dlse
+def _residuals(variant: Variant, problem: Problem) -> tuple:
+    q, k, v, dout, dlse = _tensors(variant, problem)
+    out, lse = Oracle(problem.seen, _scale(variant)).forward(*_as64(q, k, v))
+    return jnp.asarray(out, q.dtype), dout, lse.astype(np.float32), dlse
 
 
-def _padding() -> tuple[tuple[int, int], ...]:
-    return ((0, 0), (0, 0), (0, round_up(SEQLEN_Q, 128) - SEQLEN_Q))
-
-
-def _workspaces(variant: Variant) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    out, lse, dout, dlse = _residuals(variant)
+def _workspaces(variant: Variant, problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    out, dout, lse, dlse = _residuals(variant, problem)
     dpsum = np.einsum("btnv,btnv->bnt", *_as64(out, dout)) - dlse
-    lse_log2 = np.pad(lse * np.log2(np.e), _padding(), constant_values=np.inf)
-    shape = (BATCH, HEADS, round_up(SEQLEN_Q, 128), variant.static_dims["E"])
+    lse_log2 = np.where(lse == -np.inf, np.inf, lse * np.log2(np.e))
+    shape = (problem.batch, problem.heads, problem.rows, variant.static_dims["E"])
     return (
-        np.pad(dpsum, _padding()).astype(np.float32),
-        lse_log2.astype(np.float32),
+        np.pad(dpsum, problem.padding).astype(np.float32),
+        np.pad(lse_log2, problem.padding, constant_values=np.inf).astype(np.float32),
         np.zeros(shape, np.float32),
     )
 
 
-def _backward_preprocess(variant: Variant) -> Subject:
-    operands = _residuals(variant)
-    dpsum, lse_log2, dq_accum = _workspaces(variant)
+def _backward_preprocess(variant: Variant, problem: Problem) -> Subject:
+    operands = _residuals(variant, problem)
+    expected = _workspaces(variant, problem)
 
     def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
         return device().run(variant, operands, {}, schedule=schedule, check=check)
 
     def verdict(got: Sequence[np.ndarray]) -> str:
-        names = ("dpsum", "lse_log2", "dq_accum")
-        for name, x, y in zip(names, got, (dpsum, lse_log2, dq_accum), strict=True):
+        for name, x, y in zip(("dpsum", "lse_log2", "dq_accum"), got, expected, strict=True):
             if not np.allclose(x, y, 1e-5, 1e-5):
                 return f"{name} is wrong"
         return ""
@@ -137,43 +176,40 @@ def _backward_preprocess(variant: Variant) -> Subject:
     return Subject(variant.name, run, verdict, (0, 1, 2))
 
 
-def _backward(variant: Variant) -> Subject:
-    q, k, v, dout, dlse = _tensors(variant)
-    out, lse, _, _ = _residuals(variant)
-    dpsum, lse_log2, dq_accum = _workspaces(variant)
-    scale = _scale(variant)
-    expected = Oracle(_seen(), scale).backward(*_as64(q, k, v, dout, dlse))[:3]
-    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), _seen(), scale)
+def _backward(variant: Variant, problem: Problem) -> Subject:
+    q, k, v, dout, dlse = _tensors(variant, problem)
+    out, _, lse, _ = _residuals(variant, problem)
+    dpsum, lse_log2, dq_accum = _workspaces(variant, problem)
+    scalars, scale = _scalars(variant, problem), _scale(variant)
+    expected = Oracle(problem.seen, scale).backward(*_as64(q, k, v, dout, dlse))[:3]
+    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), problem.seen, scale)
 
     def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
         operands = (q, k, v, dout, lse_log2, dpsum, dq_accum)
-        return device().run(variant, operands, _scalars(variant), schedule=schedule, check=check)
+        return device().run(variant, operands, scalars, schedule=schedule, check=check)
 
     def verdict(got: Sequence[np.ndarray]) -> str:
         dk, dv, accum = got
-        if (accum[:, :, SEQLEN_Q:] != 0).any():
+        seqlen = problem.seqlen_q
+        if (accum[:, :, seqlen:] != 0).any():
             return "dq_accum's padding rows are not 0"
-        dq = accum[:, :, :SEQLEN_Q, : variant.head_dim].transpose(0, 2, 1, 3) * np.float32(scale)
+        dq = accum[:, :, :seqlen, : variant.head_dim].transpose(0, 2, 1, 3) * np.float32(scale)
         return _judged(("dq", "dk", "dv"), (dq.astype(q.dtype), dk, dv), expected, baseline)
 
     return Subject(variant.name, run, verdict, (0, 1))
 
 
-def _backward_postprocess(variant: Variant) -> Subject:
+def _backward_postprocess(variant: Variant, problem: Problem) -> Subject:
     rng = np.random.default_rng(21)
-    shape = (BATCH, HEADS, round_up(SEQLEN_Q, 128), variant.static_dims["E"])
+    shape = (problem.batch, problem.heads, problem.rows, variant.static_dims["E"])
     dq_accum = rng.standard_normal(shape).astype(np.float32)
-    kept = dq_accum[:, :, :SEQLEN_Q, : variant.head_dim].transpose(0, 2, 1, 3) * np.float32(0.3)
-    expected = kept.astype(jnp.dtype(variant.dtype.numpy_name))
+    kept = dq_accum[:, :, : problem.seqlen_q, : variant.head_dim].transpose(0, 2, 1, 3)
+    expected = (kept * np.float32(0.3)).astype(jnp.dtype(variant.dtype.numpy_name))
 
     def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
+        scalars, free = {"softmax_scale": 0.3}, {"T": problem.seqlen_q}
         return device().run(
-            variant,
-            (dq_accum,),
-            {"softmax_scale": 0.3},
-            schedule=schedule,
-            check=check,
-            free={"T": SEQLEN_Q},
+            variant, (dq_accum,), scalars, schedule=schedule, check=check, free=free
         )
 
     def verdict(got: Sequence[np.ndarray]) -> str:
