@@ -155,6 +155,9 @@ def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
         if not isinstance(target, Sink):
             e.define(target, "u32", f"{name}[{index}]")
     e.emit(f"postpone_load(warp, {slots})")
+    for target in targets:
+        if not isinstance(target, Sink):
+            e.forget(target)
 
 
 @instruction(
