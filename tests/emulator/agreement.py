@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator against hardware: the same inputs through the same kernels on both.
+
+    python -m tests.emulator.agreement write PATH     anywhere: emulate, keep the results
+    python -m tests.emulator.agreement check PATH     on a GPU: run the kernels, compare
+
+A training step's four launches for every dtype and head dim of sm_90a, so that the backward's
+inputs carry whatever the forward's differences were. The two may differ where the hardware's exp2,
+log2 and reciprocal are approximate and where its MMA adds in another order; both show as the last
+bit of a few results.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from fa4_jax._variants import VARIANTS, Arch, Kernel, Variant, kernel_key
+
+# (batch, length, query heads, key/value heads, causal) by head dim.
+CASES = {
+    64: ((2, 200, 4, 2, True), (1, 512, 2, 2, False)),
+    128: ((1, 300, 2, 1, True), (1, 384, 2, 2, False)),
+}
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+# What must agree: the share of equal bits, of at most one unit in the last place, the relative
+# Frobenius distance; and for lse the largest difference.
+SAME_BITS, ONE_ULP, FROBENIUS, LSE = 0.99, 0.998, 3e-4, 2e-6
+
+
+def cases() -> Iterator[tuple[str, Variant, tuple]]:
+    """(name, forward row, case)."""
+    for variant in VARIANTS:
+        if variant.kernel is Kernel.forward and variant.arch is Arch.sm90a:
+            for case in CASES.get(variant.head_dim, ()):
+                mask = "causal" if case[-1] else "full"
+                yield f"{variant.dtype}-d{variant.head_dim}-{mask}", variant, case
+
+
+def inputs(variant: Variant, case: tuple) -> list[jnp.ndarray]:
+    """q, k, v, dout and dlse, normally distributed."""
+    batch, length, heads, kv_heads, _ = case
+    rng = np.random.default_rng(length)
+    shapes = [(batch, length, n, variant.head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    arrays = [
+        jnp.asarray(rng.standard_normal(shape, np.float32), variant.dtype.numpy_name)
+        for shape in shapes
+    ]
+    return [*arrays, jnp.asarray(rng.standard_normal((batch, heads, length), np.float32))]
+
+
+def emulate(variant: Variant, case: tuple) -> list[np.ndarray]:
+    """The four launches, emulated."""
+    from .device import device
+
+    rows = {row.key: row for row in VARIANTS if row.arch is variant.arch}
+    length, causal = case[1], case[-1]
+    q, k, v, dout, dlse = inputs(variant, case)
+    scalars = {
+        "softmax_scale": 1 / math.sqrt(variant.head_dim),
+        "band_lower": -length,
+        "band_upper": 0 if causal else length,
+    }
+
+    def run(kernel: Kernel, *operands, **keywords) -> list[np.ndarray]:
+        row = rows[kernel_key(kernel, variant.dtype, variant.head_dim, variant.head_dim_v)]
+        values = {s.name: scalars[s.name] for s in row.signature.scalars}
+        return device().run(row, operands, values, **keywords)
+
+    out, lse = run(Kernel.forward, q, k, v)
+    dpsum, lse_log2, dq_accum = run(Kernel.backward_preprocess, out, dout, lse, dlse)
+    dk, dv, dq_accum = run(Kernel.backward, q, k, v, dout, lse_log2, dpsum, dq_accum)
+    (dq,) = run(Kernel.backward_postprocess, dq_accum, free={"T": length})
+    return [out, lse, dq, dk, dv]
+
+
+def on_gpu(variant: Variant, case: tuple) -> list[np.ndarray]:
+    """The same through the public call."""
+    import jax
+
+    from fa4_jax import flash_attention
+
+    q, k, v, dout, dlse = inputs(variant, case)
+
+    def attention(q, k, v):
+        return flash_attention(q, k, v, causal=case[-1], return_lse=True, implementation="fa4")
+
+    results, vjp = jax.vjp(attention, q, k, v)
+    return [np.asarray(x) for x in (*results, *vjp((dout, dlse)))]
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """The bit patterns as integers, as they were saved."""
+    return np.ascontiguousarray(x).view({2: np.uint16, 4: np.uint32}[x.dtype.itemsize])
+
+
+def steps_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How many representable numbers lie between two arrays of bit patterns."""
+    sign = np.int64(1) << (8 * a.dtype.itemsize - 1)
+    ordered = [np.where(x & sign, sign - x, x) for x in (a.astype(np.int64), b.astype(np.int64))]
+    return np.abs(ordered[0] - ordered[1])
+
+
+def compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> tuple[str, bool]:
+    """A line of the table, and whether the two agree. `theirs` is what the emulator saved."""
+    apart = steps_apart(bits(ours), theirs)
+    a, b = (np.asarray(x, np.float64) for x in (ours, theirs.view(ours.dtype)))
+    same, close = np.mean(apart == 0), np.mean(apart <= 1)
+    frobenius = np.linalg.norm(a - b) / np.linalg.norm(b)
+    largest = np.abs(a - b).max()
+    if name.endswith("lse"):
+        agrees = largest <= LSE
+    else:
+        agrees = same >= SAME_BITS and close >= ONE_ULP and frobenius <= FROBENIUS
+    verdict = "" if agrees else "  DISAGREES"
+    line = f"{name:24} {same:9.4%} {close:9.4%} {frobenius:9.1e} {largest:9.1e}{verdict}"
+    return line, bool(agrees)
+
+
+def write(path: str) -> None:
+    """Emulate every case and save the results' bits."""
+    saved = {}
+    for name, variant, case in cases():
+        for result, value in zip(RESULTS, emulate(variant, case), strict=True):
+            saved[f"{name}-{result}"] = bits(np.asarray(value))
+        print(name, flush=True)
+    np.savez_compressed(path, **saved)
+
+
+def check(path: str) -> int:
+    """Run every case on the GPU and compare; the exit status."""
+    saved, agree = np.load(path), True
+    print(f"{'':24} {'same':>9} {'<= 1 ulp':>9} {'rel. Fro':>9} {'largest':>9}")
+    for name, variant, case in cases():
+        for result, value in zip(RESULTS, on_gpu(variant, case), strict=True):
+            line, agrees = compare(f"{name}-{result}", value, saved[f"{name}-{result}"])
+            print(line, flush=True)
+            agree &= agrees
+    print("agree" if agree else "DISAGREE")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    command, file = sys.argv[1:]
+    sys.exit({"write": write, "check": check}[command](file))
