@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501  (an instruction, or a row of a table, is one line)
 """What the emulator must notice: a small kernel with each defect, and the same kernel without
 it."""
 

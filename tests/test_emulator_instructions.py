@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501  (an instruction, or a row of a table, is one line)
 """The emulator's instructions against values worked out from the PTX ISA, one small kernel each."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501  (an instruction, or a row of a table, is one line)
 """wgmma, tcgen05, TMA and clusters against products and layouts worked out here.
 
 Operands are small integers, so that every product and sum is exact; shared memory gets its image from
@@ -39,7 +40,9 @@ def bits16(x: np.ndarray, kind: str = "bf16") -> np.ndarray:
     return x.astype(ml_dtypes.bfloat16 if kind == "bf16" else np.float16).view(np.uint16)
 
 
-def image(matrix: np.ndarray, layout: str, mn_major: bool, kind: str = "bf16") -> tuple[np.ndarray, int, int]:
+def image(
+    matrix: np.ndarray, layout: str, mn_major: bool, kind: str = "bf16"
+) -> tuple[np.ndarray, int, int]:
     """(bytes, leading offset, stride offset) of an operand [rows, 16] in shared memory."""
     rows, depth = matrix.shape
     raw = np.zeros(16384, np.uint8)
@@ -162,7 +165,9 @@ def test_wgmma_mn_major(layout: str, majors: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_wgmma_in_every_schedule(schedule: str) -> None:
-    got, expected = run_wgmma(("128", "64"), (0, 1), 64, schedule=Schedule.parse(schedule), check=True)
+    got, expected = run_wgmma(
+        ("128", "64"), (0, 1), 64, schedule=Schedule.parse(schedule), check=True
+    )
     assert (got == expected).all()
 
 
@@ -213,7 +218,9 @@ def run_twice(registers: bool = False, **changes) -> tuple[np.ndarray, np.ndarra
         body += "ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%d5];"
     body += WGMMA_TWICE.format(**options) + store_accumulators(8)
     out = np.full((128, 4), np.nan, np.float32)
-    run_body(body, (a_image, b_image, out), np.zeros(128, np.uint64), block=128, shared=SHARED, **launch)
+    run_body(
+        body, (a_image, b_image, out), np.zeros(128, np.uint64), block=128, shared=SHARED, **launch
+    )
     return gathered(out, 8), a @ b.T
 
 
@@ -232,14 +239,18 @@ def test_wgmma_negates(signs: str, factor: int) -> None:
 def test_wgmma_needs_its_fence() -> None:
     with pytest.raises(RaceError, match="without wgmma.fence"):
         run_twice(fence="", check=True)
-    with pytest.raises(RaceError, match="uses register %f0, which was modified after the last wgmma.fence"):
+    with pytest.raises(
+        RaceError, match="uses register %f0, which was modified after the last wgmma.fence"
+    ):
         run_twice(between="mov.b32 %f0, 0f3F800000;", check=True)
 
 
 def test_wgmma_registers_hold_nothing_before_the_wait() -> None:
     late = {"schedule": Schedule.parse("late")}
     use = "wgmma.wait_group.sync.aligned 1; mov.b32 %r20, %f0;"
-    got, expected = run_twice(wait=use, after="wgmma.wait_group.sync.aligned 0; mov.b32 %f0, %r20;", **late)
+    got, expected = run_twice(
+        wait=use, after="wgmma.wait_group.sync.aligned 0; mov.b32 %f0, %r20;", **late
+    )
     assert not (got == 2 * expected).all()
     got, _ = run_twice(True, wait="mov.b32 %r10, 0; wgmma.wait_group.sync.aligned 0;", **late)
     assert not (got == 2 * expected).all()
@@ -251,8 +262,12 @@ def test_wgmma_without_a_wait() -> None:
 
 
 def test_operands_reused_before_the_wait() -> None:
-    with pytest.raises(RaceError, match="write by warp .* is not ordered after the read by wgmma of warp"):
-        run_twice(wait=f"st.shared.b32 [%smem+{B_AT}], %tid; wgmma.wait_group.sync.aligned 0;", check=True)
+    with pytest.raises(
+        RaceError, match="write by warp .* is not ordered after the read by wgmma of warp"
+    ):
+        run_twice(
+            wait=f"st.shared.b32 [%smem+{B_AT}], %tid; wgmma.wait_group.sync.aligned 0;", check=True
+        )
 
 
 @pytest.mark.parametrize("offset", [128, 512])
@@ -303,7 +318,9 @@ READ = """
 """
 
 
-def read_tensor(columns: int, column: int = 0, wait_ld: str = "tcgen05.wait::ld.sync.aligned;") -> str:
+def read_tensor(
+    columns: int, column: int = 0, wait_ld: str = "tcgen05.wait::ld.sync.aligned;"
+) -> str:
     """Thread t stores its lane's columns to row t of %in2."""
     return READ.format(
         n=columns,
@@ -326,7 +343,9 @@ def idesc(rows: int, columns: int, majors: tuple[int, int] = (0, 0), kind: int =
     return types | majors[0] << 15 | majors[1] << 16 | columns >> 3 << 17 | rows >> 4 << 24
 
 
-def issue(group: int, rows: int, columns: int, *, a: str = "%d1", accumulate: int = 0, majors=(0, 0)) -> str:
+def issue(
+    group: int, rows: int, columns: int, *, a: str = "%d1", accumulate: int = 0, majors=(0, 0)
+) -> str:
     return f"""
     mov.b32 %r8, {idesc(rows, columns, majors)}; setp.ne.u32 %p5, {accumulate}, 0;
     tcgen05.mma.cta_group::{group}.kind::f16 [%r6], {a}, %d2, %r8, %p5;""".replace(
@@ -361,7 +380,9 @@ ISSUED:""" + wait(8, tag="B")
     body += read_tensor(columns) if read is None else read
     body += after + (FREE.format(group=1, columns=64) if free is None else free)
     out = np.full((128, columns), np.nan, np.float32)
-    run_body(body, (a_image, b_image, out), np.zeros(128, np.uint64), block=128, shared=SHARED, **options)
+    run_body(
+        body, (a_image, b_image, out), np.zeros(128, np.uint64), block=128, shared=SHARED, **options
+    )
     return out, a @ b.T
 
 
@@ -389,7 +410,9 @@ def test_tcgen05_accumulates() -> None:
 
 def test_tcgen05_skips_disabled_lanes() -> None:
     """A lane of the mask keeps what it had: here the first product, elsewhere the second is added."""
-    masked = issue(1, 128, 32, accumulate=1).replace("%r8, %p5;", "%r8, {%r20, %r21, %r21, %r21}, %p5;")
+    masked = issue(1, 128, 32, accumulate=1).replace(
+        "%r8, %p5;", "%r8, {%r20, %r21, %r21, %r21}, %p5;"
+    )
     twice = "mov.b32 %r20, 0x0000FFFF; mov.b32 %r21, 0;" + issue(1, 128, 32) + masked
     got, expected = run_tcgen05(mma=twice)
     assert (got == expected * np.where(np.arange(128) < 16, 1, 2)[:, None]).all()
@@ -414,16 +437,23 @@ def test_tcgen05_with_a_in_tensor_memory(schedule: str) -> None:
     body += f"tcgen05.st.sync.aligned.32x32b.x8.b32 [%r7+32], {{{registers}}};"
     body += "tcgen05.wait::st.sync.aligned; bar.sync 0; @%p1 bra ISSUED;"
     body += issue(1, 128, 32, a="[%r6+32]")
-    body += """
+    body += (
+        """
     add.s32 %r4, %smem, 8; tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r4];
-ISSUED:""" + wait(8, tag="B") + read_tensor(32) + FREE.format(group=1, columns=64)
+ISSUED:"""
+        + wait(8, tag="B")
+        + read_tensor(32)
+        + FREE.format(group=1, columns=64)
+    )
     out = np.full((128, 32), np.nan, np.float32)
     arguments = (body, (a_image, b_image, out), np.zeros(128, np.uint64))
     options = {"block": 128, "shared": SHARED, "schedule": Schedule.parse(schedule), "check": True}
     run_body(*arguments, **options)
     assert (out == a @ b.T).all()
     without = body.replace("tcgen05.wait::st.sync.aligned;", "")
-    with pytest.raises(RaceError, match="read by tensor pipe .* not ordered after the write by tcgen05.st"):
+    with pytest.raises(
+        RaceError, match="read by tensor pipe .* not ordered after the write by tcgen05.st"
+    ):
         run_body(without, *arguments[1:], **options)
 
 
@@ -445,12 +475,16 @@ def test_tcgen05_of_two_ctas(rows: int, schedule: str) -> None:
     body += "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" + wait(0)
     body += "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
     body += descriptor("%d1", A_AT, fields) + descriptor("%d2", B_AT, fields)
-    body += "setp.ne.u32 %p6, %r60, 0; or.pred %p6, %p6, %p1; @%p6 bra ISSUED;" + issue(2, rows, columns)
+    body += "setp.ne.u32 %p6, %r60, 0; or.pred %p6, %p6, %p1; @%p6 bra ISSUED;" + issue(
+        2, rows, columns
+    )
     body += """
     add.s32 %r4, %smem, 8; mov.b16 %h1, 3;
     tcgen05.commit.cta_group::2.mbarrier::arrive::one.shared::cluster.multicast::cluster.b64 [%r4], %h1;
 ISSUED:""" + wait(8, tag="B")
-    body += f"mul.wide.u32 %d10, %r60, {128 * width * 4}; add.s64 %in2, %in2, %d10;" + read_tensor(width)
+    body += f"mul.wide.u32 %d10, %r60, {128 * width * 4}; add.s64 %in2, %in2, %d10;" + read_tensor(
+        width
+    )
     body += "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"
     body += FREE.format(group=2, columns=64)
     out = np.full((2, 128, width), np.nan, np.float32)
@@ -482,7 +516,9 @@ def test_tensor_memory_that_is_not_allocated() -> None:
 
 
 def test_unwritten_tensor_memory() -> None:
-    with pytest.raises(Poison, match="reads tensor memory lanes 0-31 column 32, which nothing wrote"):
+    with pytest.raises(
+        Poison, match="reads tensor memory lanes 0-31 column 32, which nothing wrote"
+    ):
         run_tcgen05(read=read_tensor(32, column=32), check=True)
 
 
@@ -492,7 +528,9 @@ def test_wrong_deallocation() -> None:
 
 
 def test_allocation_after_relinquishing() -> None:
-    again = "@%p2 bra SKIP; tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r5], 32; SKIP:"
+    again = (
+        "@%p2 bra SKIP; tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r5], 32; SKIP:"
+    )
     with pytest.raises(ProtocolError, match="after tcgen05.relinquish_alloc_permit"):
         run_tcgen05(before=again)
 
@@ -505,7 +543,9 @@ def test_lanes_of_another_warp() -> None:
 def test_result_read_before_the_commit_has_arrived() -> None:
     body = read_tensor(32)
     with pytest.raises((RaceError, Poison)):
-        run_tcgen05(read=body, check=True, mma=issue(1, 128, 32), before=body.replace("%d9", "%d11"))
+        run_tcgen05(
+            read=body, check=True, mma=issue(1, 128, 32), before=body.replace("%d9", "%d11")
+        )
 
 
 # TMA ----------------------------------------------------------------------------------------------
@@ -571,7 +611,9 @@ def test_tma_load(swizzle: int, box: tuple[int, int], x: int, y: int) -> None:
     tensor = np.arange(1, 64 * 64 + 1, dtype=np.uint16).reshape(64, 64)
     size = 2 * box[0] * box[1]
     coordinates = f"{x & 0xFFFFFFFF}, {y & 0xFFFFFFFF}"
-    out = run_tma(tma_load(coordinates, size) + dump(max(size, 256)), tensor, swizzle=swizzle, box=box)
+    out = run_tma(
+        tma_load(coordinates, size) + dump(max(size, 256)), tensor, swizzle=swizzle, box=box
+    )
     expected = np.zeros(size // 2, np.uint16)
     for j in range(box[1]):
         for i in range(box[0]):
@@ -616,7 +658,9 @@ OUT:"""
 
 def test_tma_at_a_misaligned_address() -> None:
     body = "add.s32 %r1, %r1, 16;" + tma_load("0, 0", 256)
-    with pytest.raises(Misaligned, match="TMA: shared memory address 0x810 is not a multiple of 128"):
+    with pytest.raises(
+        Misaligned, match="TMA: shared memory address 0x810 is not a multiple of 128"
+    ):
         run_tma(body, np.zeros((64, 64), np.uint16), box=(8, 16))
 
 
@@ -636,7 +680,8 @@ def test_not_a_tensor_map() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_copy_to_the_other_cta(schedule: str) -> None:
     """DSMEM: each CTA sends 128 bytes to the other and waits for its own mbarrier."""
-    body = """
+    body = (
+        """
     mov.u32 %r60, %cluster_ctarank; xor.b32 %r61, %r60, 1;
     setp.ne.u32 %p1, %tid, 0; @%p1 bra READY;
     mbarrier.init.shared.b64 [%smem], 1; fence.mbarrier_init.release.cluster;
@@ -649,15 +694,20 @@ READY:
     mapa.shared::cluster.u32 %r4, %smem, %r61;
     add.s32 %r5, %r4, 256; add.s32 %r6, %smem, 128;
     cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%r5], [%r6], 128, [%r4];
-SENT:""" + wait(0) + """
+SENT:"""
+        + wait(0)
+        + """
     ld.shared.b32 %r7, [%r2+256]; cvt.u64.u32 %d1, %r7;
     mul.wide.u32 %d2, %r60, 256; add.s64 %out, %out, %d2; st.global.b64 [%out], %d1;
     barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"""
+    )
     out = np.zeros(64, np.uint64)
     run_body(body, (), out, grid=2, cluster=2, schedule=Schedule.parse(schedule), check=True)
     assert (out == np.concatenate([1000 + np.arange(32), np.arange(32)])).all()
     with pytest.raises(EmulatorError):
-        without = body.replace("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", "", 1)
+        without = body.replace(
+            "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", "", 1
+        )
         run_body(without, (), out, grid=2, cluster=2, check=True)
 
 
@@ -674,7 +724,8 @@ def test_cluster_registers() -> None:
 
 def test_remote_arrival() -> None:
     """The last CTA of the pair arrives at the first one's mbarrier."""
-    body = """
+    body = (
+        """
     mov.u32 %r60, %cluster_ctarank; setp.ne.u32 %p1, %tid, 0; @%p1 bra READY;
     mbarrier.init.shared.b64 [%smem], 1; fence.mbarrier_init.release.cluster;
 READY:
@@ -683,9 +734,12 @@ READY:
     mov.b32 %r1, 0; mapa.shared::cluster.u32 %r2, %smem, %r1;
     mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%r2];
     bra OUT;
-WAITING:""" + wait(0) + """
+WAITING:"""
+        + wait(0)
+        + """
 OUT:
     barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;"""
+    )
     for schedule in SCHEDULES:
         options = {"grid": 2, "cluster": 2, "schedule": Schedule.parse(schedule), "check": True}
         run_body(body, (), np.zeros(32, np.uint64), **options)

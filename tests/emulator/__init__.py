@@ -1,1 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled kernels on a CPU: an emulator of the PTX that this project ships.
 
+    emulated("fa4_forward_sm90a_bf16_d128")((q, k, v), scalars)    # a pytest fixture
+    python -m tests.emulator.report fa4_forward_sm90a_bf16_d128    # what it costs, by resource
+    python -m tests.emulator.mutation fa4_forward_sm90a_bf16_d128  # planted defects
+
+Reading guide
+-------------
+`device` links the project's library with a fake CUDA runtime; a launch arrives with a cubin, which
+names the PTX (`artifacts`). `ptx` parses it. `codegen` turns each basic block into a Python
+function on arrays of 32 lanes, instruction by instruction through `instruction_set`, the table that
+the `isa_*` modules fill: each holds the translation of its instructions and, marked `@runtime`,
+what translated blocks call. `launch` runs a grid; `scheduler` runs a cluster's warps and
+asynchronous operations in the order that `schedule` chooses. `memory`, `barriers`, `tensor_map` and
+`matrix` are the hardware's parts.
+`races` is the happens-before check. `counts`, `chips` and `report` turn counts into cycles;
+`mutation` and `subjects` plant defects.
+
+PTX ISA sections are cited by their titles: their numbers change between versions.
+
+What it is not
+--------------
+* It executes PTX, not machine code: what ptxas does (spills, contraction of mul and add, wgmma
+  serialisation, encodings it refuses) isn't seen. There is no time: no bank conflicts, no
+  occupancy.
+* Numbers: products and sums of an MMA are float32 (the tensor core's own order and rounding within
+one
+  instruction differ in the last bits), approximate functions are NumPy's. Never compare bits with
+  hardware.
+* Memory is sequentially consistent. Not looked at: `tcgen05.fence`, fences between generic
+accesses,
+  `.relaxed` where `.release` or `.acquire` is needed, races between the lanes of a warp.
+* The happens-before check sees one schedule's operations, at 4 bytes of shared memory and at 32
+lanes by
+  one column of tensor memory. A 2-byte write makes its 4-byte cell written.
+* Clusters of a launch run one after another, launches too: a CTA that waits for a later one through
+  global memory ends as `Livelock`, and `griddepcontrol` changes nothing. Every pair of conflicting
+  accesses to global memory by two clusters is a race, because nothing here synchronises them.
+* Refused, by name: whatever no `isa_*` module declares, among it `mma.sync`, im2col and gather TMA,
+  fp8 and block-scaled tcgen05 kinds, `.ws`, tcgen05.cp, tcgen05.ld shapes but 32x32b, M = 64.
+"""

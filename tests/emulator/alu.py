@@ -22,7 +22,7 @@ SMALLEST_NORMAL = f32(np.finfo(f32).tiny)
 
 
 def pack(parts: tuple[Array, ...], part: type, whole: type) -> Array:
-    """`mov.b64 d, {a, b}`: the first part is the least significant (PTX ISA 9.7.9.8 mov)."""
+    """`mov.b64 d, {a, b}`: the first part is the least significant (PTX ISA, mov)."""
     joined = np.empty((LANES, len(parts)), part)
     for index, value in enumerate(parts):
         joined[:, index] = value
@@ -30,12 +30,12 @@ def pack(parts: tuple[Array, ...], part: type, whole: type) -> Array:
 
 
 def flush(x: Array) -> Array:
-    """`.ftz`: subnormal numbers become zero of the same sign (PTX ISA 9.7.3)."""
+    """`.ftz`: subnormal numbers become zero of the same sign."""
     return np.where(np.abs(x) < SMALLEST_NORMAL, x * f32(0), x)
 
 
 def saturate(x: Array) -> Array:
-    """`.sat`: clamp to [0, 1]; NaN becomes +0 (PTX ISA 9.7.3)."""
+    """`.sat`: clamp to [0, 1]; NaN becomes +0."""
     return np.where(x > 0, np.minimum(x, f32(1)), f32(0))
 
 
@@ -99,34 +99,33 @@ def fma_directed(a: Array, b: Array, c: Array, rounding: str) -> Array:
 
 
 def ex2(x: Array, ftz: bool) -> Array:
-    """`ex2.approx` (PTX ISA 9.7.3.21)."""
+    """`ex2.approx`."""
     return flush(np.exp2(flush(x))) if ftz else np.exp2(x)
 
 
 def lg2(x: Array, ftz: bool) -> Array:
-    """`lg2.approx` (PTX ISA 9.7.3.20)."""
+    """`lg2.approx`."""
     return np.log2(flush(x) if ftz else x)
 
 
 def rcp(x: Array, ftz: bool) -> Array:
-    """`rcp.approx` and, without its flush, the correctly rounded `rcp.rn` (PTX ISA 9.7.3.13)."""
+    """`rcp.approx` and, without its flush, the correctly rounded `rcp.rn`."""
     return flush(f32(1) / flush(x)) if ftz else f32(1) / x
 
 
 def rsqrt(x: Array, ftz: bool) -> Array:
-    """`rsqrt.approx` (PTX ISA 9.7.3.17), from float64."""
+    """`rsqrt.approx`, from float64."""
     root = (1 / np.sqrt(np.asarray(flush(x) if ftz else x, f64))).astype(f32)
     return flush(root) if ftz else root
 
 
 def sqrt(x: Array, ftz: bool) -> Array:
-    """`sqrt.rn` and `sqrt.approx` (PTX ISA 9.7.3.15)."""
+    """`sqrt.rn` and `sqrt.approx`."""
     return np.sqrt(flush(x)) if ftz else np.sqrt(x)
 
 
 def maximum(a: Array, b: Array, nan: bool) -> Array:
-    """`max.f32`: the number where one side is NaN, but with `.NaN` NaN; +0 > -0 (PTX ISA
-    9.7.3.12)."""
+    """`max.f32`: the number where one side is NaN, but with `.NaN` NaN; +0 > -0."""
     result = np.maximum(a, b) if nan else np.fmax(a, b)
     zeros = (a == 0) & (b == 0)
     if zeros.any():
@@ -140,7 +139,7 @@ def minimum(a: Array, b: Array, nan: bool) -> Array:
 
 
 def divide(a: Array, b: Array) -> Array:
-    """`div` of integers, toward zero; by zero all bits are set (PTX ISA 9.7.1.8: unspecified)."""
+    """`div` of integers, toward zero; by zero all bits are set (unspecified)."""
     divisor = np.asarray(b)
     safe = np.where(divisor == 0, divisor.dtype.type(1), divisor)
     if a.dtype.kind == "i":
@@ -156,25 +155,25 @@ def _truncated(a: Array, b: Array) -> Array:
 
 
 def remainder(a: Array, b: Array) -> Array:
-    """`rem`: has the sign of the dividend (PTX ISA 9.7.1.9)."""
+    """`rem`: has the sign of the dividend."""
     return a - divide(a, b) * b
 
 
 def shift_left(x: Array, count: Array, bits: int) -> Array:
-    """`shl`: counts of the width and more give 0 (PTX ISA 9.7.8.7)."""
+    """`shl`: counts of the width and more give 0."""
     shifted = x << np.minimum(count, u32(bits - 1)).astype(x.dtype)
     return np.where(count < bits, shifted, x.dtype.type(0))
 
 
 def shift_right(x: Array, count: Array, bits: int) -> Array:
-    """`shr`: counts of the width and more give 0, or the sign for a signed type (9.7.8.8)."""
+    """`shr`: counts of the width and more give 0, or the sign for a signed type."""
     shifted = x >> np.minimum(count, u32(bits - 1)).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(count < bits, shifted, x.dtype.type(0))
 
 
 def funnel_shift(low: Array, high: Array, count: Array, left: bool, wrap: bool) -> Array:
     """`shf`: the 64 bits {high, low} shifted; the high word for left, the low one for right
-    (9.7.8.6)."""
+    ."""
     both = (np.asarray(high).astype(u64) << u64(32)) | np.asarray(low).astype(u64)
     count = np.asarray(count)
     count = (count & u32(31) if wrap else np.minimum(count, u32(32))).astype(u64)
@@ -182,7 +181,7 @@ def funnel_shift(low: Array, high: Array, count: Array, left: bool, wrap: bool) 
 
 
 def mul_high(a: Array, b: Array) -> Array:
-    """`mul.hi` of 32-bit integers (PTX ISA 9.7.1.3)."""
+    """`mul.hi` of 32-bit integers."""
     wide = i64 if np.asarray(a).dtype.kind == "i" else u64
     return (np.multiply(a, b, dtype=wide) >> wide(32)).astype(np.asarray(a).dtype)
 
@@ -205,8 +204,8 @@ def reverse_bits(x: Array) -> Array:
 
 
 def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
-    """`lop3.b32`: bit i of the table is the result for (a, b, c) = the bits of i (PTX ISA
-    9.7.8.5)."""
+    """`lop3.b32`: bit i of the table is the result for (a, b, c) = the bits of i (PTX ISA,
+    lop3)."""
     result = np.zeros(LANES, u32)
     for index in range(8):
         if table >> index & 1:
@@ -218,7 +217,7 @@ def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
 
 def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
     """`prmt.b32` in its default mode: bytes of {b, a}; bit 3 of a nibble replicates the sign
-    (9.7.9.7)."""
+    ."""
     both = (np.asarray(b).astype(u64) << u64(32)) | np.asarray(a).astype(u64)
     result = np.zeros(LANES, u32)
     for byte in range(4):
@@ -230,7 +229,7 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
 
 
 def extract_bits(x: Array, start: Array, length: Array) -> Array:
-    """`bfe` of 32 bits: zero- or sign-extended by the type of x (PTX ISA 9.7.1.19)."""
+    """`bfe` of 32 bits: zero- or sign-extended by the type of x."""
     start, length = np.asarray(start) & u32(0xFF), np.asarray(length) & u32(0xFF)
     signed = x.dtype.kind == "i"
     source = np.asarray(x).view(u32) if signed else x
@@ -247,7 +246,7 @@ def extract_bits(x: Array, start: Array, length: Array) -> Array:
 
 
 def insert_bits(a: Array, b: Array, start: Array, length: Array) -> Array:
-    """`bfi.b32`: the low `length` bits of a, put into b at `start` (PTX ISA 9.7.1.20)."""
+    """`bfi.b32`: the low `length` bits of a, put into b at `start`."""
     start, length = (np.broadcast_to(np.asarray(x) & u32(0xFF), LANES) for x in (start, length))
     mask = np.where(
         length >= 32, u32(0xFFFFFFFF), shift_left(np.ones(LANES, u32), length, 32) - u32(1)
@@ -260,7 +259,7 @@ def insert_bits(a: Array, b: Array, start: Array, length: Array) -> Array:
 
 
 def bf16_bits(x: Array, rounding: str = "rn") -> Array:
-    """float32 to bfloat16 bits, as uint32; NaN becomes 0x7fff (PTX ISA 9.7.9.21 cvt)."""
+    """float32 to bfloat16 bits, as uint32; NaN becomes 0x7fff (PTX ISA, cvt)."""
     bits = np.asarray(x, f32).view(u32)
     if rounding == "rn":
         rounded = (bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16)
@@ -290,7 +289,7 @@ def from_f16(bits: Array) -> Array:
 
 
 def to_integer(x: Array, rounding: str, dtype: type) -> Array:
-    """`cvt.{rni,rzi,rmi,rpi}`: saturates; NaN becomes 0 (PTX ISA 9.7.9.21)."""
+    """`cvt.{rni,rzi,rmi,rpi}`: saturates; NaN becomes 0."""
     function = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[rounding]
     whole = np.nan_to_num(function(np.asarray(x, f64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
     limits = np.iinfo(dtype)
@@ -314,7 +313,7 @@ def uniform(x: Array, active: Array | None) -> int:
 
 
 def shuffle_sources(mode: str, offset: int, clamp: int) -> tuple[Array, Array]:
-    """(source lane, whether it is in range) of each lane of `shfl.sync` (PTX ISA 9.7.9.6)."""
+    """(source lane, whether it is in range) of each lane of `shfl.sync`."""
     lane = np.arange(LANES)
     segment, bound = clamp >> 8 & 31, clamp & 31
     lowest = lane & segment
@@ -354,7 +353,7 @@ def ballot(predicate: Array, active: Array | None) -> Array:
 
 
 def vote(mode: str, predicate: Array, active: Array | None) -> Array:
-    """`vote.sync.{all,any,uni}.pred` (PTX ISA 9.7.13.12)."""
+    """`vote.sync.{all,any,uni}.pred`."""
     taking_part = predicate if active is None else predicate[active]
     everyone, someone = bool(taking_part.all()), bool(taking_part.any())
     result = {"all": everyone, "any": someone, "uni": everyone or not someone}[mode]
@@ -362,7 +361,7 @@ def vote(mode: str, predicate: Array, active: Array | None) -> Array:
 
 
 def reduce_lanes(operation: str, value: Array, active: Array | None) -> Array:
-    """`redux.sync` over the active lanes (PTX ISA 9.7.13.17)."""
+    """`redux.sync` over the active lanes."""
     taking_part = value if active is None else value[active]
     function = {
         "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,

@@ -34,7 +34,10 @@ class MBarrier:
     @property
     def state(self) -> str:
         """Its counts, for messages."""
-        return f"phase {self.phase}, pending {self.pending}/{self.count} arrivals, {self.tx} bytes expected"
+        return (
+            f"phase {self.phase}, pending {self.pending}/{self.count} arrivals, "
+            f"{self.tx} bytes expected"
+        )
 
     def arrive(self, count: int, expected_bytes: int) -> None:
         """`arrive{.expect_tx}`: the expect-tx operation comes first."""
@@ -42,7 +45,8 @@ class MBarrier:
         self.pending -= count
         if self.pending < 0:
             raise BarrierError(
-                f"{self}: arrivals exceed the expected count: {self.count - self.pending} of {self.count}"
+                f"{self}: arrivals exceed the expected count: {self.count - self.pending} of "
+                f"{self.count}"
             )
         self._complete_if_done()
 
@@ -65,8 +69,8 @@ class MBarrier:
             return
         if self.in_flight:
             raise BarrierError(
-                f"{self}: wrong transaction count: a phase completed with {self.in_flight} bytes of its "
-                "copies still in flight"
+                f"{self}: wrong transaction count: a phase completed with {self.in_flight} bytes "
+                "of its copies still in flight"
             )
         self.phase ^= 1
         self.pending = self.count

@@ -5,9 +5,9 @@
   float32 add/multiply/fma 128, integer add/compare/logic 64, shifts and conversions from and to 32
   bits 64, special functions 16 results a clock; four warp schedulers, each one instruction a clock.
 * Shared memory: 32 banks of 4 bytes a clock (same guide, Shared Memory).
-* H200: NVIDIA H200 data sheet, 989 dense bf16 TFLOPS and 4.8 TB/s; H100 whitepaper, 132 SMs and 4096
-  dense bf16 FLOPs per SM and clock. The clock is 1.98 GHz at most, and between 1.755 GHz and that under
-  tensor load, so a time is a range.
+* H200: NVIDIA H200 data sheet, 989 dense bf16 TFLOPS and 4.8 TB/s; H100 whitepaper, 132 SMs and
+  4096 dense bf16 FLOPs per SM and clock. The clock is 1.98 GHz at most, and between 1.755 GHz and
+  that under tensor load, so a time is a range.
 * B200: FlashAttention-4 (arXiv 2603.05451), 8192 bf16 FLOPs, 128 bytes of shared memory and 16
   exponentials per SM and clock; 148 SMs, 8 TB/s (NVIDIA DGX B200 data sheet); 1.85 GHz boost.
 """

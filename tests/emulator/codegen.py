@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
+from collections.abc import Iterator
 
 from . import instruction_set
 from .errors import UnsupportedInstruction
 from .instruction_set import Entry, Unit
 from .ptx import (
+    TYPE_BYTES,
     DoubleBits,
     FloatBits,
     Immediate,
@@ -57,7 +60,8 @@ BITS = {
 # lane.
 DTYPES = {
     "b8": "u8", "u8": "u8", "s8": "i8", "b16": "u16", "u16": "u16", "s16": "i16", "f16": "u16",
-    "bf16": "u16", "b32": "u32", "u32": "u32", "s32": "i32", "f32": "f32", "b64": "u64", "u64": "u64",
+    "bf16": "u16", "b32": "u32", "u32": "u32", "s32": "i32", "f32": "f32", "b64": "u64",
+    "u64": "u64",
     "s64": "i64", "f64": "f64", "f32x2": "f32x2", "f16x2": "u32", "bf16x2": "u32", "pred": "pred",
 }  # fmt: skip
 _ZEROS = {
@@ -374,34 +378,30 @@ def _integer_constant(value: int, dtype: str) -> str:
     return f"{dtype}({value})"
 
 
+def _registers(operand: Operand | None) -> Iterator[str]:
+    """The names of the registers in an operand."""
+    match operand:
+        case Register(name):
+            yield name
+        case Vector(elements):
+            yield from itertools.chain(*map(_registers, elements))
+        case Pair(first, second):
+            yield from (*_registers(first), *_registers(second))
+        case Memory(base, _, coordinates):
+            yield from (*_registers(base), *_registers(coordinates))
+
+
 def _register_homes(kernel: Kernel) -> dict[str, str]:
     """The type that each register lives in; 32-bit ones by how they are used most."""
     votes: collections.Counter[str] = collections.Counter()
-
-    def vote(operand: Operand | None, weight: int) -> None:
-        match operand:
-            case Register(name):
-                votes[name] += weight
-            case Vector(elements):
-                for element in elements:
-                    vote(element, weight)
-            case Pair(first, second):
-                vote(first, weight)
-                vote(second, weight)
-            case Memory(base, _, coordinates):
-                vote(base, weight)
-                vote(coordinates, weight)
-
     for item in kernel.body:
         if isinstance(item, Instruction):
             is_float = item.opcode.endswith(".f32") or ".f32.bf16.bf16" in item.opcode
             is_float |= ".f32.f16.f16" in item.opcode
-            for operand in item.operands:
-                vote(operand, 1 if is_float else -1)
-    sizes = {"pred": 0, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "b64": 8, "u64": 8}
-    sizes |= {"s64": 8, "f64": 8, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16": 2}
+            for name in itertools.chain(*map(_registers, item.operands)):
+                votes[name] += 1 if is_float else -1
     homes = {}
     for name, kind in kernel.registers.items():
-        home = "pred" if kind == "pred" else _HOMES[sizes[kind]]
+        home = "pred" if kind == "pred" else _HOMES[TYPE_BYTES[kind]]
         homes[name] = "f32" if home == "u32" and votes[name] > 0 else home
     return homes

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Translation of arithmetic, logic, moves and conversions (PTX ISA 9.7.1 to 9.7.9)."""
+"""Translation of arithmetic, logic, moves and conversions (PTX ISA: Integer Arithmetic,
+Floating Point, Comparison and Selection, Logic and Shift, Data Movement and Conversion)."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def _float_arithmetic(e: Emitter, op: Instruction, m: Modifiers, dtype: str) -> 
     unit=Unit.fma,
 )
 def float_arithmetic(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.3 to 9.7.3.6. Whether ptxas contracts `mul` and `add` to fma is not modelled."""
+    """Whether ptxas contracts `mul` and `add` to fma is not modelled."""
     _float_arithmetic(e, op, m, "f32")
 
 
@@ -77,7 +78,7 @@ def packed_arithmetic(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("fma.rn.f32(narrow=.bf16|.f16)", "add.f32(narrow=.bf16|.f16)", unit=Unit.fma)
 def mixed_precision(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.5: 16-bit operands, float32 accumulation. `add` widens its first operand only."""
+    """16-bit operands, float32 accumulation. `add` widens its first operand only."""
     destination, *sources = op.operands
     wide = [f"from_{m['narrow']}({e.lanes(x, 'u16')})" for x in sources[:-1]]
     last = e.value(sources[-1], "f32")
@@ -89,7 +90,7 @@ def mixed_precision(e: Emitter, op: Instruction, m: Modifiers) -> None:
     "max{ftz=.ftz}{nan=.NaN}.f32", "min{ftz=.ftz}{nan=.NaN}.f32", unit=Unit.fma
 )  # fmt: skip
 def float_extremum(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.11 and 9.7.3.12; three sources are allowed on sm_100 and later."""
+    """max and min: three sources are allowed on sm_100 and later."""
     function = "maximum" if op.opcode.startswith("max") else "minimum"
     destination, *sources = op.operands
     values = [e.value(x, "f32") for x in sources]
@@ -103,7 +104,7 @@ def float_extremum(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("neg{ftz=.ftz}.f32", "abs{ftz=.ftz}.f32", unit=Unit.fma)
 def float_sign(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.9 and 9.7.3.10."""
+    """PTX ISA, Floating Point Instructions: neg, abs."""
     value = e.lanes(op.operands[1], "f32")
     value = f"flush({value})" if m["ftz"] else value
     e.define(op.operands[0], "f32", f"np.abs({value})" if op.opcode[0] == "a" else f"-{value}")
@@ -111,7 +112,7 @@ def float_sign(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("copysign.f32", unit=Unit.fma)
 def copy_sign(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.2: the sign of the first source on the magnitude of the second."""
+    """copysign: the sign of the first source on the magnitude of the second."""
     sign, magnitude = (e.lanes(x, "f32") for x in op.operands[1:])
     e.define(op.operands[0], "f32", f"np.copysign({magnitude}, {sign})")
 
@@ -125,7 +126,7 @@ def copy_sign(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.mufu,
 )
 def transcendental(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.13 to 9.7.3.21."""
+    """PTX ISA, Floating Point Instructions: ex2, lg2, rcp, rsqrt, sqrt; see `alu`."""
     function = op.opcode.partition(".")[0]
     value = e.lanes(op.operands[1], "f32")
     e.define(op.operands[0], "f32", f"{function}({value}, {bool(m['ftz'])})")
@@ -133,7 +134,7 @@ def transcendental(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("tanh.approx.f32", "sin.approx{.ftz}.f32", "cos.approx{.ftz}.f32", unit=Unit.mufu)
 def trigonometric(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.18, 9.7.3.19, 9.7.3.22. Results near 0 are absolute-error bounded, so `.ftz` is
+    """Results near 0 are absolute-error bounded, so `.ftz` is
     moot."""
     function = op.opcode.partition(".")[0]
     e.define(op.operands[0], "f32", f"np.{function}({e.lanes(op.operands[1], 'f32')})")
@@ -149,7 +150,7 @@ def rounded_function(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("div(mode=.rn|.full|.approx){ftz=.ftz}.f32", unit=Unit.mufu)
 def float_divide(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.3.8; `.full` and `.approx` are at least as good as asked for."""
+    """`.full` and `.approx` are at least as good as asked for."""
     a, b = (e.value(x, "f32") for x in op.operands[1:])
     result = f"flush(flush({a}) / flush({b}))" if m["ftz"] else f"{a} / {b}"
     e.define(op.operands[0], "f32", _whole(op.operands[1:], result, "f32"))
@@ -163,7 +164,7 @@ def float_divide(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.integer,
 )  # fmt: skip
 def integer_sum(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.1, 9.7.1.2: modulo the width; no `.sat`."""
+    """add and sub: modulo the width; no `.sat`."""
     dtype = DTYPES[m["type"]]
     symbol = "+" if op.opcode.startswith("add") else "-"
     a, b = (e.value(x, dtype) for x in op.operands[1:])
@@ -180,7 +181,7 @@ def integer_sum(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.integer,
 )
 def integer_product(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.3, 9.7.1.4: the low half, the high half, or both in a register twice as wide."""
+    """mul and mad: the low half, the high half, or both in a register twice as wide."""
     dtype = result = DTYPES[m["type"]]
     a, b = e.lanes(op.operands[1], dtype), e.value(op.operands[2], dtype)
     if m["mode"] == "lo":
@@ -198,7 +199,7 @@ def integer_product(e: Emitter, op: Instruction, m: Modifiers) -> None:
 @instruction("div(type=.s16|.u16|.s32|.u32|.s64|.u64)", "rem(type=.s16|.u16|.s32|.u32|.s64|.u64)",
              unit=Unit.integer)  # fmt: skip
 def integer_quotient(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.8, 9.7.1.9."""
+    """PTX ISA, Integer Arithmetic Instructions: div, rem; see `alu`."""
     dtype = DTYPES[m["type"]]
     function = "divide" if op.opcode.startswith("div") else "remainder"
     a, b = e.lanes(op.operands[1], dtype), e.value(op.operands[2], dtype)
@@ -211,7 +212,7 @@ def integer_quotient(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.integer,
 )  # fmt: skip
 def integer_extremum(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.13, 9.7.1.14: `.relu` turns a negative result into 0."""
+    """`.relu` turns a negative result into 0."""
     dtype = DTYPES[m["type"]]
     function = "np.maximum" if op.opcode.startswith("max") else "np.minimum"
     result = f"{function}({e.lanes(op.operands[1], dtype)}, {e.value(op.operands[2], dtype)})"
@@ -222,18 +223,20 @@ def integer_extremum(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("neg(type=.s16|.s32|.s64)", "abs(type=.s16|.s32|.s64)", unit=Unit.integer)
 def integer_sign(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.11, 9.7.1.12."""
+    """PTX ISA, Integer Arithmetic Instructions: neg, abs."""
     dtype = DTYPES[m["type"]]
     value = e.lanes(op.operands[1], dtype)
     e.define(op.operands[0], dtype, f"np.abs({value})" if op.opcode[0] == "a" else f"-{value}")
 
 
 @instruction(
-    "and(type=.pred|.b16|.b32|.b64)", "or(type=.pred|.b16|.b32|.b64)", "xor(type=.pred|.b16|.b32|.b64)",
+    "and(type=.pred|.b16|.b32|.b64)",
+    "or(type=.pred|.b16|.b32|.b64)",
+    "xor(type=.pred|.b16|.b32|.b64)",
     unit=Unit.integer,
 )  # fmt: skip
 def bitwise(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.8.1 to 9.7.8.3."""
+    """PTX ISA, Logic and Shift Instructions: and, or, xor."""
     dtype = DTYPES[m["type"]]
     symbol = {"and": "&", "or": "|", "xor": "^"}[op.opcode.partition(".")[0]]
     a, b = e.lanes(op.operands[1], dtype), e.value(op.operands[2], dtype)
@@ -242,7 +245,7 @@ def bitwise(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("not(type=.pred|.b16|.b32|.b64)", unit=Unit.integer)
 def complement(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.8.4."""
+    """PTX ISA, Logic and Shift Instructions: not."""
     dtype = DTYPES[m["type"]]
     e.define(op.operands[0], dtype, f"~{e.lanes(op.operands[1], dtype)}")
 
@@ -252,7 +255,7 @@ def complement(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.integer,
 )  # fmt: skip
 def shift(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.8.7, 9.7.8.8: the count is 32 bits wide, whatever the type."""
+    """shl and shr: the count is 32 bits wide, whatever the type."""
     dtype = DTYPES[m["type"]]
     value, count = e.lanes(op.operands[1], dtype), op.operands[2]
     left = op.opcode.startswith("shl")
@@ -266,7 +269,7 @@ def shift(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("shf(direction=.l|.r)(mode=.wrap|.clamp).b32", unit=Unit.integer)
 def funnel(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.8.6."""
+    """PTX ISA, Logic and Shift Instructions: shf."""
     low, high, count = (e.lanes(x, "u32") for x in op.operands[1:])
     left, wrap = m["direction"] == "l", m["mode"] == "wrap"
     e.define(op.operands[0], "u32", f"funnel_shift({low}, {high}, {count}, {left}, {wrap})")
@@ -274,7 +277,7 @@ def funnel(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("popc.b32", "clz.b32", "brev.b32", unit=Unit.integer)
 def bit_count(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.15 to 9.7.1.18."""
+    """PTX ISA, Integer Arithmetic Instructions: popc, clz, brev."""
     functions = {"popc": "population", "clz": "leading_zeros", "brev": "reverse_bits"}
     function = functions[op.opcode.partition(".")[0]]
     e.define(op.operands[0], "u32", f"{function}({e.lanes(op.operands[1], 'u32')})")
@@ -282,7 +285,7 @@ def bit_count(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("lop3.b32", unit=Unit.integer)
 def three_input_logic(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.8.5."""
+    """PTX ISA, Logic and Shift Instructions: lop3."""
     a, b, c = (e.lanes(x, "u32") for x in op.operands[1:4])
     table = op.operands[4]
     assert isinstance(table, Immediate)
@@ -291,14 +294,14 @@ def three_input_logic(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("prmt.b32", unit=Unit.integer)
 def byte_permute(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.7, the mode without a name."""
+    """prmt: the mode without a name."""
     a, b, selector = (e.lanes(x, "u32") for x in op.operands[1:])
     e.define(op.operands[0], "u32", f"permute_bytes({a}, {b}, {selector})")
 
 
 @instruction("bfe(type=.u32|.s32)", unit=Unit.integer)
 def bit_field(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.19."""
+    """PTX ISA, Integer Arithmetic Instructions: bfe."""
     dtype = DTYPES[m["type"]]
     start, length = (e.lanes(x, "u32") for x in op.operands[2:])
     e.define(
@@ -308,7 +311,7 @@ def bit_field(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("bfi.b32", unit=Unit.integer)
 def bit_insert(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.1.20."""
+    """PTX ISA, Integer Arithmetic Instructions: bfi."""
     values = ", ".join(e.lanes(x, "u32") for x in op.operands[1:])
     e.define(op.operands[0], "u32", f"insert_bits({values})")
 
@@ -325,7 +328,7 @@ def bit_insert(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.integer,
 )
 def set_predicate(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.6.2: `q` of `p|q` gets the complement; an unordered comparison is true for NaN."""
+    """`q` of `p|q` gets the complement; an unordered comparison is true for NaN."""
     dtype = DTYPES[m["type"]]
     destination, *sources = op.operands
     a, b = e.lanes(sources[0], dtype), e.value(sources[1], dtype)
@@ -363,7 +366,7 @@ def _comparison(compare: str, a: str, b: str, dtype: str) -> str:
     "selp(type=.b16|.u16|.s16|.b32|.u32|.s32|.f32|.b64|.u64|.s64)", unit=Unit.integer
 )  # fmt: skip
 def select(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.6.3."""
+    """PTX ISA, Comparison and Selection Instructions: selp."""
     dtype = DTYPES[m["type"]]
     a, b = (e.value(x, dtype) for x in op.operands[1:3])
     e.define(op.operands[0], dtype, f"np.where({e.lanes(op.operands[3], 'pred')}, {a}, {b})")
@@ -373,7 +376,7 @@ def select(e: Emitter, op: Instruction, m: Modifiers) -> None:
     "mov(type=.pred|.b16|.u16|.s16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64)", unit=Unit.move
 )  # fmt: skip
 def move(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.8: also packs and unpacks vectors, and takes the address of a variable."""
+    """mov: also packs and unpacks vectors, and takes the address of a variable."""
     destination, source = op.operands
     dtype = DTYPES[m["type"]]
     if isinstance(destination, Vector):
@@ -399,7 +402,8 @@ def move(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.convert,
 )  # fmt: skip
 def narrow_float(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.21: the first source of a pair goes to the upper half; no `.relu`, no `.satfinite`."""
+    """cvt to 16 bits: the first source of a pair goes to the upper half; no `.relu`, no
+    `.satfinite`."""
     kind = m["to"].removesuffix("x2")
     values = [f"{kind}_bits({e.lanes(x, 'f32')}, {m['rounding']!r})" for x in op.operands[1:]]
     if m["to"].endswith("x2"):
@@ -436,8 +440,9 @@ def float_to_integer(e: Emitter, op: Instruction, m: Modifiers) -> None:
     unit=Unit.convert,
 )
 def integer_to_integer(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.21: the source is read at its own width from a register that may be wider; the result,
-    truncated or extended to the destination type, is extended to its register by its signedness."""
+    """cvt between integers: the source is read at its own width from a register that may be wider;
+    the result, truncated or extended to the destination type, is extended to its register by its
+    signedness."""
     destination, source = op.operands
     narrow = DTYPES[m["source"]]
     register = e.home(source) if isinstance(source, Register) else narrow
@@ -459,14 +464,14 @@ def integer_to_integer(e: Emitter, op: Instruction, m: Modifiers) -> None:
     "cvta{.to}{.shared|.shared::cta|.shared::cluster|.global|.param}.u64", unit=Unit.move
 )  # fmt: skip
 def convert_address(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.20. Generic addresses are the addresses of the state space: the spaces don't
+    """Generic addresses are the addresses of the state space: the spaces don't
     overlap."""
     e.define(op.operands[0], "u64", e.lanes(op.operands[1], "u64"))
 
 
 @instruction("mapa{.shared::cluster}(type=.u32|.u64)", unit=Unit.integer)
 def map_address(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.23: the same place in the shared memory of another CTA of the cluster."""
+    """mapa: the same place in the shared memory of another CTA of the cluster."""
     dtype = DTYPES[m["type"]]
     address, rank = e.lanes(op.operands[1], dtype), e.lanes(op.operands[2], "u32")
     e.define(op.operands[0], dtype, f"map_to_rank({address}, {rank})")
@@ -477,7 +482,7 @@ def map_address(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("shfl.sync(mode=.up|.down|.bfly|.idx).b32", unit=Unit.shuffle, convergent=True)
 def shuffle(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.9.6. Lanes outside the member mask are not expected to execute it."""
+    """Lanes outside the member mask are not expected to execute it."""
     destination, value, offset, clamp = op.operands[:4]
     source = e.lanes(value, "u32")
     if (
@@ -498,10 +503,14 @@ def shuffle(e: Emitter, op: Instruction, m: Modifiers) -> None:
         e.define(destination, "u32", result)
 
 
-@instruction("vote.sync(mode=.ballot).b32", "vote.sync(mode=.all|.any|.uni).pred", unit=Unit.integer,
-             convergent=True)  # fmt: skip
+@instruction(
+    "vote.sync(mode=.ballot).b32",
+    "vote.sync(mode=.all|.any|.uni).pred",
+    unit=Unit.integer,
+    convergent=True,
+)
 def vote(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.13.12."""
+    """PTX ISA, vote.sync."""
     predicate = e.lanes(op.operands[1], "pred")
     if m["mode"] == "ballot":
         e.define(op.operands[0], "u32", f"ballot({predicate}, {e.active})")
@@ -510,9 +519,10 @@ def vote(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 
 @instruction("redux.sync(mode=.add|.min|.max)(type=.u32|.s32)",
-             "redux.sync(mode=.and|.or|.xor)(type=.b32)", unit=Unit.integer, convergent=True)  # fmt: skip
+             "redux.sync(mode=.and|.or|.xor)(type=.b32)",
+             unit=Unit.integer, convergent=True)  # fmt: skip
 def reduce_warp(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.13.17."""
+    """PTX ISA, redux.sync."""
     dtype = DTYPES[m["type"]]
     value = e.lanes(op.operands[1], dtype)
     e.define(op.operands[0], dtype, f"reduce_lanes({m['mode']!r}, {value}, {e.active})")
@@ -520,7 +530,7 @@ def reduce_warp(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 @instruction("elect.sync", unit=Unit.integer, convergent=True)
 def elect(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """9.7.13.16: one lane of the warp, the lowest active one here, gets true."""
+    """elect.sync: one lane of the warp, the lowest active one here, gets true."""
     destination = op.operands[0]
     assert isinstance(destination, Pair)
     if not isinstance(destination.first, Sink):

@@ -43,6 +43,12 @@ def _memory(op: Instruction, index: int) -> Memory:
     return operand
 
 
+def _three(e: Emitter, op: Instruction) -> str:
+    """Destination, source and size of a bulk copy."""
+    destination, source, size = op.operands[:3]
+    return f"{e.address(destination)}, {e.address(source)}, {e.value(size, 'u32')}"
+
+
 # TMA ----------------------------------------------------------------------------------------------
 
 
@@ -98,7 +104,7 @@ def prefetch_tensor(e: Emitter, op: Instruction, m: Modifiers) -> None:
 )
 def bulk_load(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """cp.async.bulk, global to shared."""
-    arguments = f"{e.address(op.operands[0])}, {e.address(op.operands[1])}, {e.value(op.operands[2], 'u32')}"
+    arguments = _three(e, op)
     e.emit(f"issue_bulk_load(warp, {arguments}, {e.address(op.operands[3])}, {e.active}, {e.line})")
 
 
@@ -107,7 +113,7 @@ def bulk_load(e: Emitter, op: Instruction, m: Modifiers) -> None:
 )
 def bulk_between(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """cp.async.bulk from the CTA's shared memory to another's (DSMEM)."""
-    arguments = f"{e.address(op.operands[0])}, {e.address(op.operands[1])}, {e.value(op.operands[2], 'u32')}"
+    arguments = _three(e, op)
     e.emit(
         f"issue_bulk_between(warp, {arguments}, {e.address(op.operands[3])}, {e.active}, {e.line})"
     )
@@ -121,7 +127,7 @@ def bulk_between(e: Emitter, op: Instruction, m: Modifiers) -> None:
 def bulk_store(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """cp.async.bulk and cp.reduce.async.bulk, shared to global."""
     kind = DTYPES[m["type"]] if m.get("reduction") else "None"
-    arguments = f"{e.address(op.operands[0])}, {e.address(op.operands[1])}, {e.value(op.operands[2], 'u32')}"
+    arguments = _three(e, op)
     e.emit(f"issue_bulk_store(warp, {arguments}, {kind}, {e.active}, {e.line})")
 
 
@@ -149,12 +155,10 @@ def bulk_wait(e: Emitter, op: Instruction, m: Modifiers) -> None:
 )
 def copy_async(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """cp.async of 4, 8 or 16 bytes per lane; what the source size leaves is zero."""
-    size = op.operands[2]
+    destination, source, size, *rest = op.operands
     assert isinstance(size, Immediate) and size.value in (4, 8, 16)
-    source_size = e.value(op.operands[3], "u32") if len(op.operands) > 3 else f"u32({size.value})"
-    arguments = (
-        f"{e.address(op.operands[0])}, {e.address(op.operands[1])}, {size.value}, {source_size}"
-    )
+    source_size = e.value(rest[0], "u32") if rest else f"u32({size.value})"
+    arguments = f"{e.address(destination)}, {e.address(source)}, {size.value}, {source_size}"
     e.emit(f"issue_copy(warp, {arguments}, {e.active}, {e.line})")
 
 

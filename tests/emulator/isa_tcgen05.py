@@ -282,11 +282,10 @@ def multiply(e: Emitter, op: Instruction, m: Modifiers) -> None:
         accumulate = e.lanes(enable, "pred")
     in_tensor = isinstance(a, Memory)
     source = e.address(a) if in_tensor else e.value(a, "u64")
-    arguments = ", ".join([
-        e.address(destination), str(in_tensor), source, e.value(b, "u64"), e.value(descriptor, "u32"),
-        accumulate, disabled, m["group"][-1], e.active, str(e.line),
-    ])  # fmt: skip
-    e.emit(f"issue_mma(warp, {arguments})")
+    operands = f"({e.address(destination)}, {source}, {e.value(b, 'u64')}, "
+    operands += f"{e.value(descriptor, 'u32')})"
+    form = f"({in_tensor}, {m['group'][-1]})"
+    e.emit(f"issue_mma(warp, {operands}, {form}, {accumulate}, {disabled}, {e.active}, {e.line})")
 
 
 @instruction(
@@ -402,21 +401,19 @@ class _Mma:
 @runtime
 def issue_mma(
     warp: Warp,
-    destination: Array,
-    in_tensor: bool,
-    source: Array,
-    b: Array,
-    descriptor: Array,
+    operands: tuple[Array, Array, Array, Array],
+    form: tuple[bool, int],
     accumulate: Array,
     disabled: tuple[Array, ...],
-    group: int,
     active: Array | None,
     line: int,
 ) -> None:
-    """Every active lane issues one; kernels elect a lane."""
+    """Every active lane issues one; kernels elect a lane. The operands are D, A, B and the
+    instruction descriptor; the form is whether A is in tensor memory, and the CTA group."""
+    in_tensor, group = form
     for lane in active_lanes(active):
-        operands = [at(x, lane) for x in (destination, source, b, descriptor)]
-        mma = _Mma(warp.cta, group, operands[0], operands[1], in_tensor, operands[2], operands[3])
+        destination, source, b, descriptor = (at(x, lane) for x in operands)
+        mma = _Mma(warp.cta, group, destination, source, in_tensor, b, descriptor)
         adds = bool(accumulate[lane])
         enabled = np.ones(TensorMemory.LANES, bool)
         if disabled:

@@ -26,8 +26,8 @@ _SHAPES = "|".join(f".m64n{n}k16" for n in range(8, 257, 8))
 
 
 @instruction(
-    f"wgmma.mma_async.sync.aligned(shape={_SHAPES}).f32(kind=.bf16.bf16|.f16.f16)", unit=Unit.tensor,
-    convergent=True,
+    f"wgmma.mma_async.sync.aligned(shape={_SHAPES}).f32(kind=.bf16.bf16|.f16.f16)",
+    unit=Unit.tensor, convergent=True,
 )  # fmt: skip
 def multiply(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """wgmma.mma_async with a float32 accumulator; A from registers or shared memory."""
@@ -56,7 +56,7 @@ def multiply(e: Emitter, op: Instruction, m: Modifiers) -> None:
     if isinstance(scale_d, Immediate):
         accumulate = str(int(bool(scale_d.value)))
     kind = m["kind"].split(".")[0]
-    options = f"({transpose_a}, {transpose_b}), {negate_a * negate_b}, {kind!r}"
+    options = f"(({transpose_a}, {transpose_b}), {negate_a * negate_b}, {kind!r})"
     e.emit(
         f"issue_wgmma(warp, {slots}, {source}, uniform({e.value(b, 'u64')}, None), {accumulate}, "
         f"{options}, {e.line})"
@@ -92,12 +92,12 @@ def issue_wgmma(
     a: tuple[int, ...] | int,
     b: int,
     accumulate: int,
-    transposes: tuple[int, int],
-    sign: int,
-    kind: str,
+    options: tuple[tuple[int, int], int, str],
     line: int,
 ) -> None:
-    """Issue one m64nNk16. `a` is four register slots or a descriptor."""
+    """Issue one m64nNk16. `a` is four register slots or a descriptor; the options are the
+    transposes of A and B, the sign of the product, and the type of both."""
+    transposes, sign, kind = options
     columns = 2 * len(slots)
     b_matrix = matrix.wgmma_descriptor(b)
     a_matrix = None if isinstance(a, tuple) else matrix.wgmma_descriptor(a)
@@ -109,23 +109,25 @@ def issue_wgmma(
         _check_fence(warp, slots, a if isinstance(a, tuple) else (), bool(accumulate), line)
         operation = _check_operands(warp, a_matrix, b_matrix, columns, transposes, line)
 
+    def rows_of_a() -> Array:
+        if isinstance(a, tuple):
+            values = [_words(warp.registers[slot]) for slot in a]
+            return matrix.fragment_rows(values, kind, 16)
+        assert a_matrix is not None
+        found, shared = a_matrix, warp.cta.shared
+        rows = warp.cta.operand(
+            (found, 64, transposes[0], kind),
+            lambda: matrix.read_operand(shared, found, 64, 16, bool(transposes[0]), kind),
+        )
+        return rows[16 * (warp.number % 4) : 16 * (warp.number % 4) + 16]
+
     def run() -> None:
         cta, shared = warp.cta, warp.cta.shared
         b_operand = cta.operand(
             (b_matrix, columns, transposes[1], kind),
             lambda: matrix.read_operand(shared, b_matrix, columns, 16, bool(transposes[1]), kind),
         )
-        if isinstance(a, tuple):
-            values = [_words(warp.registers[slot]) for slot in a]
-            a_operand = matrix.fragment_rows(values, kind, 16)
-        else:
-            assert a_matrix is not None
-            rows = cta.operand(
-                (a_matrix, 64, transposes[0], kind),
-                lambda: matrix.read_operand(shared, a_matrix, 64, 16, bool(transposes[0]), kind),
-            )
-            a_operand = rows[16 * (warp.number % 4) : 16 * (warp.number % 4) + 16]
-        result = matrix.accumulator_fragments(matrix.product(a_operand, b_operand))
+        result = matrix.accumulator_fragments(matrix.product(rows_of_a(), b_operand))
         if sign < 0:
             result = -result
         for value, slot in zip(result, slots, strict=True):
@@ -194,8 +196,8 @@ def _check_fence(
             continue
         checker.add(
             ("wgmma.fence", warp.role, line),
-            f"{warp.name}: wgmma (PTX line {line}) uses register {_register_name(warp, slot)}, which "
-            "was modified after the last wgmma.fence",
+            f"{warp.name}: wgmma (PTX line {line}) uses register {_register_name(warp, slot)}, "
+            "which was modified after the last wgmma.fence",
         )
         return
 

@@ -171,6 +171,7 @@ class GlobalMemory:
                 np.zeros(count, np.int32) for _ in range(3)
             )
         me = self.accessor
+        assert me is not None
         written, reduced, read = buffer.written_by, buffer.reduced_by, buffer.read_by
         others = {
             "write": (("wrote", written), ("reduced", reduced), ("read", read)),
@@ -185,8 +186,8 @@ class GlobalMemory:
                 whose = int(owner[cell])
                 other = f"CTA {whose - 1}" if whose > 0 else "several CTAs"
                 raise RaceError(
-                    f"global memory race: {kind} of {buffer.name} at byte {CELL * cell}, which {other} "
-                    f"{verb} in the same launch"
+                    f"global memory race: {kind} of {buffer.name} at byte {CELL * cell}, which "
+                    f"{other} {verb} in the same launch"
                 )
         owner = {"write": written, "reduce": reduced, "read": read}[kind]
         assert owner is not None

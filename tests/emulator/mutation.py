@@ -108,9 +108,11 @@ class Mutator:
 
     def _of(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
         yield from self._synchronisation(index, item)
+        yield from self._barriers(index, item)
         yield from self._copies(index, item)
         yield from self._matrix(index, item)
         yield from self._arithmetic(index, item)
+        yield from self._results(index, item)
 
     def _synchronisation(
         self, index: int, item: Instruction
@@ -151,7 +153,10 @@ class Mutator:
             if count is not None:
                 wrong = _operand(item, 1, Immediate(count + 1))
                 yield "init", "one arrival more", _replaced(index, operands=wrong)
-        elif opcode.startswith(("bar.sync", "barrier.sync")):
+
+    def _barriers(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
+        opcode = item.opcode
+        if opcode.startswith(("bar.sync", "barrier.sync")):
             yield "named barrier", "sync dropped", _dropped(index)
             if len(item.operands) > 1 and isinstance(item.operands[0], Immediate):
                 other = Immediate((item.operands[0].value + 1) % 16)
@@ -316,7 +321,11 @@ class Mutator:
             yield "mask", "select swapped", _replaced(index, operands=swapped)
             yield "mask", "never selects", _replaced(index, opcode="mov.b32", operands=(
                 item.operands[0], first))  # fmt: skip
-        elif opcode in ("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"):
+
+    def _results(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
+        opcode, base = item.opcode, item.opcode.partition(".")[0]
+        move = {"opcode": "mov.b32", "operands": item.operands[:2]}
+        if opcode in ("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"):
             target, high, low = item.operands
             yield "arithmetic", "halves swapped", _replaced(index, operands=(target, low, high))
         elif base == "st":
@@ -368,6 +377,8 @@ class Subject:
     judge: Callable[[Sequence[np.ndarray]], str]
     exact: tuple[int, ...]
     """Results that must have the same bits in every schedule."""
+    again: Subject | None = None
+    """More inputs for what these don't find, run once."""
 
 
 def executed_lines(where: Device, subject: Subject, digest: str) -> set[int]:
@@ -396,7 +407,7 @@ def executed_lines(where: Device, subject: Subject, digest: str) -> set[int]:
 
 def examine(where: Device, subject: Subject, digest: str, mutant: Mutant) -> Verdict:
     """Run one mutant until something notices."""
-    program = where.programs[digest]
+    program, schedule = where.programs[digest], ""
     try:
         where.programs[digest] = mutated(program, mutant)
         first: Sequence[np.ndarray] | None = None
@@ -409,7 +420,9 @@ def examine(where: Device, subject: Subject, digest: str, mutant: Mutant) -> Ver
                 first = results
             elif any(first[i].tobytes() != results[i].tobytes() for i in subject.exact):
                 return Verdict(mutant, "schedules differ", schedule)
-        return Verdict(mutant, "")
+        schedule = "more masks"
+        wrong = subject.again.judge(subject.again.run("eager", False)) if subject.again else ""
+        return Verdict(mutant, "wrong values" if wrong else "", schedule, wrong)
     except errors.EmulatorError as error:
         message = str(error)
         return Verdict(mutant, type(error).__name__, schedule, message.splitlines()[-1])
@@ -439,7 +452,9 @@ def subject_of(name: str) -> Subject:
     return make_subject(name)
 
 
-def study(name: str, limit: int, kinds: Sequence[str]) -> list[Verdict]:
+def study(
+    name: str, limit: int, kinds: Sequence[str] = (), lines: Sequence[int] = ()
+) -> list[Verdict]:
     """All verdicts on a row, printed as they come."""
     where, subject = device(), subject_of(name)
     artifact = where.rows[name]
@@ -452,7 +467,7 @@ def study(name: str, limit: int, kinds: Sequence[str]) -> list[Verdict]:
     )
     verdicts = []
     for mutant in chosen:
-        if kinds and mutant.kind not in kinds:
+        if (kinds and mutant.kind not in kinds) or (lines and mutant.line not in lines):
             continue
         start = time.perf_counter()
         verdict = examine(where, subject, digest, mutant)
@@ -482,8 +497,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("row")
     parser.add_argument("--limit", type=int, default=3, help="defects per kind and description")
     parser.add_argument("--kinds", default="", help="comma-separated")
+    parser.add_argument("--lines", default="", help="PTX lines, comma-separated")
     options = parser.parse_args(arguments)
-    verdicts = study(options.row, options.limit, [k for k in options.kinds.split(",") if k])
+    kinds = [kind for kind in options.kinds.split(",") if kind]
+    lines = [int(line) for line in options.lines.split(",") if line]
+    verdicts = study(options.row, options.limit, kinds, lines)
     print(summary(verdicts))
     return 0
 

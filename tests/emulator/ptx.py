@@ -322,8 +322,9 @@ class _Body:
     def _instruction(self, statement: _Statement) -> Instruction:
         def operand(text: str) -> Operand:
             parsed = parse_operand(text, lambda name: self._resolve(name, statement.scope))
-            is_label = isinstance(parsed, Register) and parsed.name in self.labels
-            return Symbol(parsed.name) if is_label else parsed
+            if isinstance(parsed, Register) and parsed.name in self.labels:
+                return Symbol(parsed.name)
+            return parsed
 
         text, guard = statement.text, None
         try:
@@ -370,8 +371,10 @@ def parse_operand(text: str, resolve: Callable[[str], str | None]) -> Operand:
     if text.startswith("!"):
         return Negated(parse_operand(text[1:], resolve))
     name = resolve(text)
-    if name is not None:
-        return Register(name)
+    return _name_or_constant(text) if name is None else Register(name)
+
+
+def _name_or_constant(text: str) -> Operand:
     if match := _FLOAT.match(text):
         return FloatBits(int(match.group(1), 16))
     if match := _DOUBLE.match(text):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .warp import Warp
 
 MAX_AGENTS = 384
-Cells = "slice | Array"
+Cells = slice | np.ndarray
 
 
 class Shadow:
@@ -249,8 +249,8 @@ class HappensBefore:
             self.add(
                 ("mbarrier_init", barrier.offset),
                 f"{barrier} is used by an asynchronous operation (PTX line {line}), but "
-                f"{self.names[writer]} initialised it (PTX line {int(shadow.write_line[cell])}) without "
-                "fence.mbarrier_init",
+                f"{self.names[writer]} initialised it (PTX line {int(shadow.write_line[cell])}) "
+                "without fence.mbarrier_init",
             )
 
     def invalidate_mbarrier(self, cta: Cta, offset: int) -> None:
@@ -267,7 +267,7 @@ class HappensBefore:
         return self._cell_name(shadow, cells, int(np.argmax(selected)))
 
     def _cell_name(self, shadow: Shadow, cells: Cells, position: int) -> str:
-        cell = cells.start + position if isinstance(cells, slice) else int(cells[position])  # type: ignore[index,union-attr]
+        cell = cells.start + position if isinstance(cells, slice) else int(cells[position])
         if shadow.name == "tensor memory":
             quarter, column = divmod(cell, 512)
             return f"tensor memory lanes {32 * quarter}-{32 * quarter + 31} column {column}"
@@ -283,9 +283,11 @@ class HappensBefore:
         before: tuple[int, int],
     ) -> None:
         (agent, line), (other, other_line) = now, before
+        # One report for all the CTAs in which it happens.
         names = (self.names[agent].rpartition(" of ")[0], self.names[other].rpartition(" of ")[0])
+        now_name, before_name = self.names[agent], self.names[other]
         self.add(
             (kind, other_kind, names, line, other_line),
-            f"race on {self._cell_name(shadow, *where)}: {kind} by {self.names[agent]} (PTX line {line}) "
-            f"is not ordered after the {other_kind} by {self.names[other]} (PTX line {other_line})",
+            f"race on {self._cell_name(shadow, *where)}: {kind} by {now_name} (PTX line {line}) is "
+            f"not ordered after the {other_kind} by {before_name} (PTX line {other_line})",
         )

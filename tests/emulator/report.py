@@ -103,8 +103,8 @@ def describe(variant: Variant, shape: Shape, record: LaunchRecord, chip: Chip) -
     everything = counts.total(record.counts)
     lines = [
         f"{variant.name} {dict(shape.sizes)}{' causal' if shape.causal else ''} on {chip.name}",
-        f"{shape.copies} x {len(record.ctas)} CTAs of {math.prod(record.configuration.block)} threads, "
-        f"{record.configuration.shared_bytes} bytes of shared memory",
+        f"{shape.copies} x {len(record.ctas)} CTAs of {math.prod(record.configuration.block)} "
+        f"threads, {record.configuration.shared_bytes} bytes of shared memory",
         "",
         "Executed by one part (one batch entry, one group of heads), by role:",
         "",
@@ -132,8 +132,8 @@ def describe(variant: Variant, shape: Shape, record: LaunchRecord, chip: Chip) -
     bound = counts.bound(record.ctas, shape.copies, memory_bytes(variant, shape), chip)
     lines += [
         "",
-        f"Bound by {bound.resource}: at least {bound.seconds * 1e6:.2f} us at {chip.clock_ghz} GHz, "
-        f"{bound.boost_seconds * 1e6:.2f} us at {chip.boost_ghz} GHz",
+        f"Bound by {bound.resource}: at least {bound.seconds * 1e6:.2f} us at {chip.clock_ghz} "
+        f"GHz, {bound.boost_seconds * 1e6:.2f} us at {chip.boost_ghz} GHz",
         f"({record.seconds:.1f} s emulated)",
     ]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .launch import Launch
 
 # More blocks than any kernel here runs per warp at the emulator's sizes, by a factor of ten.
-MAX_BLOCKS = 200_000
+MAX_BLOCKS = 30_000
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -222,6 +222,19 @@ class Cluster:
 
     def _finish(self) -> None:
         """What must hold when every warp has exited."""
+        problems = self._left_behind()
+        if problems:
+            raise ProtocolError(f"{self.launch.program.name}: " + "; ".join(problems))
+        for warp in self.warps:
+            for write in warp.unwritten:
+                write()
+        if self.checker is not None and self.checker.reports:
+            reports = list(self.checker.reports.values())
+            shown = "\n  ".join(reports[:20])
+            raise RaceError(f"{self.launch.program.name}: {len(reports)} reports:\n  {shown}")
+
+    def _left_behind(self) -> list[str]:
+        """Operations, memory and arrivals that nobody waited for or gave back."""
         problems = []
         for cta in self.ctas:
             problems += [text for b in cta.mbarriers.values() if (text := b.at_exit())]
@@ -243,57 +256,45 @@ class Cluster:
                 )
             if warp.open_mmas or warp.mma_groups:
                 problems.append(f"{warp.name} exits with a wgmma that it didn't wait for")
-        if problems:
-            raise ProtocolError(f"{self.launch.program.name}: " + "; ".join(problems))
-        for warp in self.warps:
-            for write in warp.unwritten:
-                write()
-        if self.checker is not None and self.checker.reports:
-            reports = list(self.checker.reports.values())
-            shown = "\n  ".join(reports[:20])
-            raise RaceError(f"{self.launch.program.name}: {len(reports)} reports:\n  {shown}")
+        return problems
 
     def _step(self, warp: Warp, turn: int) -> None:
         """Run a warp until it waits, exits, or its turn is over."""
-        program = self.launch.program
-        while True:
+        while not warp.exited:
             group = self._pick(warp)
             if group is None:
                 return
-            lanes = group.lanes
-            full = lanes is ALL_LANES or bool(lanes.all())
-            if full:
+            if group.lanes.all():
                 group.lanes = ALL_LANES
             while True:
                 turn -= 1
                 if turn < 0:
                     self.enqueue(warp)
                     return
-                number = group.block
-                warp.blocks_run += 1
-                warp.visits[number] += 1
-                if warp.blocks_run > MAX_BLOCKS:
-                    raise Livelock(
-                        f"{program.name}: {warp.name} ran {MAX_BLOCKS} blocks, now at PTX line "
-                        f"{program.blocks[number].line}"
-                    )
-                try:
-                    if full:
-                        result = program.full[number](warp, warp.registers)
-                    else:
-                        result = program.masked[number](warp, warp.registers, lanes)
-                except Exception as error:
-                    raise self.explain(error, warp, program.line_of(error)) from error
+                result = self._run_block(warp, group)
                 if result.__class__ is int:
                     group.block = result
                     if len(warp.groups) > 1:
                         break
-                    continue
-                if self._handle(warp, group, result):
-                    continue
-                break
-            if warp.exited:
-                return
+                elif not self._handle(warp, group, result):
+                    break
+
+    def _run_block(self, warp: Warp, group: Group) -> Any:
+        """Run a group's block; its result is the next block's number or an event."""
+        program, number = self.launch.program, group.block
+        warp.blocks_run += 1
+        warp.visits[number] += 1
+        if warp.blocks_run > MAX_BLOCKS:
+            line = program.blocks[number].line
+            raise Livelock(
+                f"{program.name}: {warp.name} ran {MAX_BLOCKS} blocks, now at PTX line {line}"
+            )
+        try:
+            if group.lanes is ALL_LANES:
+                return program.full[number](warp, warp.registers)
+            return program.masked[number](warp, warp.registers, group.lanes)
+        except Exception as error:
+            raise self.explain(error, warp, program.line_of(error)) from error
 
     def _pick(self, warp: Warp) -> Group | None:
         """The group of lanes to run; None parks the warp.
@@ -319,8 +320,8 @@ class Cluster:
                     f"{blocks[g.block].line} ({int(g.lanes.sum())} lanes)" for g in runnable
                 )
                 raise ProtocolError(
-                    f"{self.launch.program.name}: {warp.name}: lanes reach different .sync instructions: "
-                    f"PTX lines {lines}"
+                    f"{self.launch.program.name}: {warp.name}: lanes reach different .sync "
+                    f"instructions: PTX lines {lines}"
                 )
             runnable = diverged
         if not runnable:
@@ -384,7 +385,8 @@ class Cluster:
 
     def _deadlock(self) -> str:
         lines = [
-            f"{self.launch.program.name}: deadlock in CTA {self.ctas[0].coordinates}: nothing can run"
+            f"{self.launch.program.name}: deadlock in CTA {self.ctas[0].coordinates}: "
+            "nothing can run"
         ]
         for warp in self.warps:
             if not warp.exited:

@@ -65,9 +65,22 @@ class Problem:
 # tile without keys. T is chosen so that the first row beyond it is in either half of a warp's rows.
 PROBLEMS = (Problem(2, 200, 509, 2, 1, (60, 372)), Problem(1, 290, 100, 1, 1, (10, 5)))
 
+# Bands that begin and end in every place of a tile, and bands beside the diagonal.
+MORE_PROBLEMS = (
+    Problem(1, 300, 700, 1, 1, (7, 3)),
+    Problem(1, 257, 257, 1, 1, (257, 0)),
+    Problem(1, 391, 77, 1, 1, (391, -314)),
+    Problem(1, 200, 333, 1, 1, (-50, 60)),
+    Problem(1, 130, 640, 1, 1, (100, 500)),
+)
+
 
 def make_subject(name: str) -> Subject:
-    """The row called `name`, on every problem."""
+    """The row called `name`, on `PROBLEMS`, and then on `MORE_PROBLEMS`."""
+    return dataclasses.replace(_subject(name, PROBLEMS), again=_subject(name, MORE_PROBLEMS))
+
+
+def _subject(name: str, problems: Sequence[Problem]) -> Subject:
     variant = device().rows[name].variant
     maker = {
         Kernel.forward: _forward,
@@ -75,7 +88,7 @@ def make_subject(name: str) -> Subject:
         Kernel.backward: _backward,
         Kernel.backward_postprocess: _backward_postprocess,
     }[variant.kernel]
-    parts = [maker(variant, problem) for problem in PROBLEMS]
+    parts = [maker(variant, problem) for problem in problems]
     width = len(variant.signature.results)
 
     def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
