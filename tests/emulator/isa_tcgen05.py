@@ -142,22 +142,22 @@ def _cells(quarter: int, column: int, columns: int) -> slice:
     f"tcgen05.ld.sync.aligned.32x32b(count={_COUNTS}).b32", unit=Unit.tensor, convergent=True
 )
 def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """tcgen05.ld: a lane gets consecutive columns of its lane of tensor memory."""
+    """tcgen05.ld: a lane gets consecutive columns of its lane of tensor memory.
+
+    The registers are valid after tcgen05.wait::ld only, but NVVM itself moves and packs them before
+    it, so a use that is too early is not looked for; what overwrites the columns too early is.
+    """
     destination, place = op.operands
     targets = items(destination)
     assert len(targets) == int(m["count"][1:]) and e.mask is None
     name = e.temporary()
-    slots = tuple(-1 if isinstance(x, Sink) else e.slot(x) for x in targets)
     e.emit(
-        f"{name} = load_tensor_memory(warp, uniform({e.address(place)}, None), {slots}, {e.line})"
+        f"{name} = load_tensor_memory(warp, uniform({e.address(place)}, None), {len(targets)}, "
+        f"{e.line})"
     )
     for index, target in enumerate(targets):
         if not isinstance(target, Sink):
             e.define(target, "u32", f"{name}[{index}]")
-    e.emit(f"postpone_load(warp, {slots})")
-    for target in targets:
-        if not isinstance(target, Sink):
-            e.forget(target)
 
 
 @instruction(
@@ -200,34 +200,18 @@ def _place(warp: Warp, address: int, columns: int, what: str) -> tuple[int, int]
 
 
 @runtime
-def load_tensor_memory(warp: Warp, address: int, slots: tuple[int, ...], line: int) -> list[Array]:
+def load_tensor_memory(warp: Warp, address: int, count: int, line: int) -> list[Array]:
     """The words of each register."""
-    lane, column = _place(warp, address, len(slots), "tcgen05.ld")
+    lane, column = _place(warp, address, count, "tcgen05.ld")
     checker = warp.cluster.checker
     if checker is not None:
         # Complete only after tcgen05.wait::ld: until then another agent reads.
         agent, epoch = checker.start(("tcgen05.ld", warp), f"tcgen05.ld of {warp.name}")
         clock = checker.clocks[warp]
-        cells = _cells(lane // 32, column, len(slots))
+        cells = _cells(lane // 32, column, count)
         checker.read(checker.tensor[warp.cta.rank], cells, clock, (agent, epoch), line)
-    words = warp.cta.tensor.words[lane : lane + LANES, column : column + len(slots)]
+    words = warp.cta.tensor.words[lane : lane + LANES, column : column + count]
     return list(np.ascontiguousarray(words.T))
-
-
-@runtime
-def postpone_load(warp: Warp, slots: tuple[int, ...]) -> None:
-    """In a late schedule the registers hold nothing before tcgen05.wait::ld."""
-    if warp.cluster.chooser.kind != "late":
-        return
-    loaded = [(slot, warp.registers[slot]) for slot in slots if slot >= 0]
-    for slot, _ in loaded:
-        warp.registers[slot] = warp.cluster.launch.program.poison[slot]
-
-    def arrive() -> None:
-        for slot, value in loaded:
-            warp.registers[slot] = value
-
-    warp.late_loads.append(arrive)
 
 
 @runtime
@@ -248,10 +232,6 @@ def store_tensor_memory(warp: Warp, address: int, values: tuple[Array, ...], lin
 @runtime
 def wait_tensor_memory(warp: Warp, kind: str) -> None:
     """The warp's loads have arrived, or its stores are done."""
-    if kind == "ld":
-        for arrive in warp.late_loads:
-            arrive()
-        warp.late_loads.clear()
     checker = warp.cluster.checker
     if checker is not None:
         agent = checker.agent((f"tcgen05.{kind}", warp), f"tcgen05.{kind} of {warp.name}")

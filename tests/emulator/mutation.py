@@ -248,6 +248,10 @@ class Mutator:
                         _replaced(index, operands=_operand(item, position, Immediate(value))),
                     )
             transposes = [x.value for x in item.operands[6:] if isinstance(x, Immediate)]
+            if len(transposes) == 2:
+                transposes[0] = 0  # 64 rows are one swizzle atom: no leading offset
+            if ".m64n64k" in opcode:
+                transposes[-1] = 0
             yield from self._descriptors(index, item, transposes)
             flag = self._flag(item.operands[3])
             if flag is not None:

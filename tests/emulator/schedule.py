@@ -24,8 +24,8 @@ class Schedule:
     """How a launch is ordered.
 
     * `eager`: an asynchronous operation completes when it is issued; a warp runs until it waits.
-    * `late`: copies and MMAs complete only when no warp can run otherwise, wgmma, bulk stores and
-      tcgen05.ld only when they are waited for.
+    * `late`: copies and MMAs complete only when no warp can run otherwise, wgmma and bulk
+      stores only when they are waited for.
     * `random:seed`: everything in a random order.
     * `pct:seed`: random priorities, changed now and then; an operation with a low priority is
     starved
@@ -58,7 +58,7 @@ class Chooser:
         self.random = random.Random(schedule.seed * 1_000_003 + cluster_number)
 
     def completes_now(self) -> bool:
-        """Whether a wgmma, bulk store or tcgen05.ld completes when it is issued."""
+        """Whether a wgmma completes when it is issued."""
         return self.eager or (self.kind != "late" and self.random.random() < 0.5)
 
     def priority(self) -> float:

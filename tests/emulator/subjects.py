@@ -67,7 +67,7 @@ PROBLEMS = (Problem(2, 200, 509, 2, 1, (60, 372)), Problem(1, 290, 100, 1, 1, (1
 
 # Bands that begin and end in every place of a tile, and bands beside the diagonal.
 MORE_PROBLEMS = (
-    Problem(1, 300, 700, 1, 1, (7, 3)),
+    Problem(1, 300, 700, 4, 2, (7, 3)),
     Problem(1, 257, 257, 1, 1, (257, 0)),
     Problem(1, 391, 77, 1, 1, (391, -314)),
     Problem(1, 200, 333, 1, 1, (-50, 60)),

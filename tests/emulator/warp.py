@@ -115,7 +115,6 @@ class Warp:
         # Registers as they were at the last wgmma.fence, and as the last wgmma left them.
         self.fenced_registers: list[Array] = []
         self.mma_results: dict[int, Array] = {}
-        self.late_loads: list[Callable[[], None]] = []
 
     def __hash__(self) -> int:
         return id(self)
