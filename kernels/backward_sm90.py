@@ -48,6 +48,7 @@ from kernels.common.copy_sm90 import (
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
+from kernels.common.fast_math import fma
 from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
 from kernels.common.mma_sm90 import (
     as_a_operand,
@@ -574,7 +575,7 @@ class BackwardSm90:
             cute.autovec_copy(lse_log2[None, pair], statistic)
             for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
                 for c in cutlass.range_constexpr(2):
-                    scaled = scores[r, 2 * pair + c] * scale_log2 - statistic[c]
+                    scaled = fma(scores[r, 2 * pair + c], scale_log2, -statistic[c])
                     scores[r, 2 * pair + c] = cute.math.exp2(scaled, fastmath=True)
 
     @cute.jit

@@ -58,10 +58,11 @@ def online_softmax(state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float3
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         new_max = row_maximum(scores, r, state.row_max[r])
         # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
-        base = Float32(0.0) if new_max == -Float32.inf else new_max * scale_log2
-        probabilities = cute.math.exp2(scores[r, None].load() * scale_log2 - base, fastmath=True)
+        shift = Float32(0.0) if new_max == -Float32.inf else new_max * -scale_log2
+        # Sums, not differences: only those become fma in the PTX, and ptxas would fuse either.
+        probabilities = cute.math.exp2(scores[r, None].load() * scale_log2 + shift, fastmath=True)
         scores[r, None].store(probabilities)
-        state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 - base, fastmath=True)
+        state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 + shift, fastmath=True)
         total = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
         state.row_sum[r] = state.row_sum[r] * state.decay[r] + total
         state.row_max[r] = new_max
