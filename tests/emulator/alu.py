@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import mufu
+
 u8, i8, u16, i16 = np.uint8, np.int8, np.uint16, np.int16
 u32, i32, u64, i64 = np.uint32, np.int32, np.uint64, np.int64
 f16, f32, f64 = np.float16, np.float32, np.float64
@@ -100,12 +102,12 @@ def fma_directed(a: Array, b: Array, c: Array, rounding: str) -> Array:
 
 def ex2(x: Array, ftz: bool) -> Array:
     """`ex2.approx`."""
-    return flush(np.exp2(flush(x))) if ftz else np.exp2(x)
+    return flush(mufu.exp2(flush(x))) if ftz else mufu.exp2(x)
 
 
 def lg2(x: Array, ftz: bool) -> Array:
     """`lg2.approx`."""
-    return np.log2(flush(x) if ftz else x)
+    return mufu.log2(flush(x) if ftz else x)
 
 
 def rcp(x: Array, ftz: bool) -> Array:

@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from . import matrix
+from . import matrix, tensor_core
 from .alu import Array
 from .codegen import Emitter
 from .errors import ProtocolError
@@ -127,13 +127,14 @@ def issue_wgmma(
             (b_matrix, columns, transposes[1], kind),
             lambda: matrix.read_operand(shared, b_matrix, columns, 16, bool(transposes[1]), kind),
         )
-        result = matrix.accumulator_fragments(matrix.product(rows_of_a(), b_operand))
-        if sign < 0:
-            result = -result
-        for value, slot in zip(result, slots, strict=True):
+        addend = np.zeros((16, columns), np.float32)
+        if accumulate:
+            registers = [warp.registers[slot].view(np.float32) for slot in slots]
+            addend = matrix.accumulator_block(np.stack(registers))
+        sums = tensor_core.multiply_add(sign * rows_of_a(), b_operand, addend, kind)
+        for value, slot in zip(matrix.accumulator_fragments(sums), slots, strict=True):
             old = warp.registers[slot]
-            new = value + old.view(np.float32) if accumulate else value
-            warp.registers[slot] = new if old.dtype == np.float32 else new.view(np.uint32)
+            warp.registers[slot] = value if old.dtype == np.float32 else value.view(np.uint32)
             warp.mma_results[slot] = warp.registers[slot]
 
     pending = PendingMma(run, operation)

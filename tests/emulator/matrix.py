@@ -185,6 +185,13 @@ def accumulator_fragments(block: Array) -> Array:
     return np.ascontiguousarray(parts.transpose(2, 0, 4, 1, 3)).reshape(columns // 2, 32)
 
 
+def accumulator_block(fragments: Array) -> Array:
+    """The inverse of `accumulator_fragments`."""
+    columns = 2 * len(fragments)
+    parts = fragments.reshape(columns // 8, 2, 2, 8, 4)  # column group, row half, column, row, lane
+    return np.ascontiguousarray(parts.transpose(1, 3, 0, 4, 2)).reshape(16, columns)
+
+
 def shared_words(words: Array) -> Array:
     """Words of tensor memory as 16-bit elements [lanes, 2 x columns]."""
     return np.ascontiguousarray(words.astype(u32, copy=False)).view(u16)

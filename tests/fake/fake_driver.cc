@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the exported kernels call of the CUDA runtime, without a GPU: a launch goes to a callback.
 //
-// Linked with the unmodified ffi/*.cc, the generated registry, the exported objects and fake_cuda.cc,
-// in place of the DSL's runtime. Names and argument lists are those of libcuda_dialect_runtime.
+// Linked with the unmodified ffi/*.cc, the generated registry, the exported objects and
+// fake_cuda.cc, in place of the DSL's runtime. Names and argument lists are those of
+// libcuda_dialect_runtime.
 #include <array>
 #include <atomic>
 #include <cstddef>
@@ -148,8 +149,15 @@ int _cudaKernelSetAttributeForDevice(void*, int, int, int) { return Enter(kKerne
 int _cudaLaunchKernelEx(const LaunchConfig* config, void* handle, void** args) {
   if (const int error = Enter(kLaunch); error != 0) return error;
   const auto& kernel = *static_cast<Kernel*>(handle);
-  unsigned dims[9] = {config->grid.x, config->grid.y, config->grid.z, config->block.x,
-                      config->block.y, config->block.z, 1, 1, 1};
+  unsigned dims[9] = {config->grid.x,
+                      config->grid.y,
+                      config->grid.z,
+                      config->block.x,
+                      config->block.y,
+                      config->block.z,
+                      1,
+                      1,
+                      1};
   for (unsigned i = 0; i < config->num_attributes; ++i) {
     const LaunchAttribute& attribute = config->attributes[i];
     if (attribute.id != kClusterDimension) continue;
