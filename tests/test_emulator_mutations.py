@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Planted defects: one of every kind in the forward kernel is noticed.
 
-The whole study, `python -m tests.emulator.mutation ROW`, is in docs/emulator-mutations.md.
+The whole study, `python -m tests.emulator.mutation ROW`, is in docs/emulator/mutations.md.
 """
 
 from __future__ import annotations

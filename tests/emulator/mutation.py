@@ -6,7 +6,7 @@
 Takes a compiled row's PTX, changes one instruction at a time, and runs the result like the tests
 run a row: eagerly with the happens-before check, then late and in two seeded schedules, until
 something is reported. Only instructions that the unchanged kernel executes are changed. What
-survives is either equivalent (it says why in docs/emulator-mutations.md) or a hole.
+survives is either equivalent (it says why in docs/emulator/mutations.md) or a hole.
 """
 
 from __future__ import annotations
