@@ -12,7 +12,9 @@ bit of a few results.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -21,55 +23,88 @@ import numpy as np
 
 from fa4_jax._variants import VARIANTS, Arch, Kernel, Variant, kernel_key
 
-# (batch, length, query heads, key/value heads, causal) by head dim.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from reference import inputs  # noqa: E402
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One training step."""
+
+    batch: int
+    length: int
+    heads: int
+    kv_heads: int
+    causal: bool
+    family: str = "normal"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        family = "" if self.family == "normal" else f"-{self.family}"
+        return f"{self.length}-{'causal' if self.causal else 'full'}{family}"
+
+
+# By head dim. None of these inputs was in sight when the arithmetic of `tensor_core` and `mufu` was
+# completed.
 CASES = {
-    64: ((2, 200, 4, 2, True), (1, 512, 2, 2, False)),
-    128: ((1, 300, 2, 1, True), (1, 384, 2, 2, False)),
+    64: (
+        Case(2, 200, 4, 2, True),
+        Case(1, 512, 2, 2, False),
+        Case(1, 460, 3, 1, True, seed=1),
+        Case(2, 300, 2, 2, False, "peaked_rows", seed=2),
+    ),
+    128: (
+        Case(1, 300, 2, 1, True),
+        Case(1, 384, 2, 2, False),
+        Case(1, 410, 3, 1, False, seed=1),
+        Case(2, 270, 2, 2, True, "peaked_rows", seed=2),
+    ),
 }
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 # What must agree: the share of equal bits, of at most one unit in the last place, the relative
-# Frobenius distance; and for lse the largest difference.
+# Frobenius distance; and for lse the largest difference, or two units in the last place of the
+# largest number if that is more.
 SAME_BITS, ONE_ULP, FROBENIUS, LSE = 0.99, 0.998, 3e-4, 2e-6
 
 
-def cases() -> Iterator[tuple[str, Variant, tuple]]:
+def cases() -> Iterator[tuple[str, Variant, Case]]:
     """(name, forward row, case)."""
     for variant in VARIANTS:
         if variant.kernel is Kernel.forward and variant.arch is Arch.sm90a:
             for case in CASES.get(variant.head_dim, ()):
-                mask = "causal" if case[-1] else "full"
-                yield f"{variant.dtype}-d{variant.head_dim}-{mask}", variant, case
+                yield f"{variant.dtype}-d{variant.head_dim}-{case}", variant, case
 
 
-def inputs(variant: Variant, case: tuple) -> list[jnp.ndarray]:
-    """q, k, v, dout and dlse, normally distributed."""
-    batch, length, heads, kv_heads, _ = case
-    rng = np.random.default_rng(length)
-    shapes = [(batch, length, n, variant.head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    arrays = [
-        jnp.asarray(rng.standard_normal(shape, np.float32), variant.dtype.numpy_name)
-        for shape in shapes
-    ]
-    return [*arrays, jnp.asarray(rng.standard_normal((batch, heads, length), np.float32))]
+def operands(variant: Variant, case: Case) -> list[jnp.ndarray]:
+    """q, k, v, dout and dlse."""
+    rng = np.random.default_rng([case.length, case.seed])
+    dtype = jnp.dtype(variant.dtype.numpy_name)
+    q_shape = (case.batch, case.length, case.heads, variant.head_dim)
+    k_shape = (case.batch, case.length, case.kv_heads, variant.head_dim)
+    q, k, v = inputs(case.family, rng, (q_shape, k_shape, k_shape), dtype)
+    dout = jnp.asarray(rng.standard_normal(q_shape), dtype)
+    dlse = rng.standard_normal((case.batch, case.heads, case.length), np.float32)
+    return [q, k, v, dout, jnp.asarray(dlse)]
 
 
-def emulate(variant: Variant, case: tuple) -> list[np.ndarray]:
+def emulate(variant: Variant, case: Case) -> list[np.ndarray]:
     """The four launches, emulated."""
     from .device import device
 
     rows = {row.key: row for row in VARIANTS if row.arch is variant.arch}
-    length, causal = case[1], case[-1]
-    q, k, v, dout, dlse = inputs(variant, case)
+    length = case.length
+    q, k, v, dout, dlse = operands(variant, case)
     scalars = {
         "softmax_scale": 1 / math.sqrt(variant.head_dim),
         "band_lower": -length,
-        "band_upper": 0 if causal else length,
+        "band_upper": 0 if case.causal else length,
     }
 
-    def run(kernel: Kernel, *operands, **keywords) -> list[np.ndarray]:
+    def run(kernel: Kernel, *arrays, **keywords) -> list[np.ndarray]:
         row = rows[kernel_key(kernel, variant.dtype, variant.head_dim, variant.head_dim_v)]
         values = {s.name: scalars[s.name] for s in row.signature.scalars}
-        return device().run(row, operands, values, **keywords)
+        return device().run(row, arrays, values, **keywords)
 
     out, lse = run(Kernel.forward, q, k, v)
     dpsum, lse_log2, dq_accum = run(Kernel.backward_preprocess, out, dout, lse, dlse)
@@ -78,16 +113,16 @@ def emulate(variant: Variant, case: tuple) -> list[np.ndarray]:
     return [out, lse, dq, dk, dv]
 
 
-def on_gpu(variant: Variant, case: tuple) -> list[np.ndarray]:
+def on_gpu(variant: Variant, case: Case) -> list[np.ndarray]:
     """The same through the public call."""
     import jax
 
     from fa4_jax import flash_attention
 
-    q, k, v, dout, dlse = inputs(variant, case)
+    q, k, v, dout, dlse = operands(variant, case)
 
     def attention(q, k, v):
-        return flash_attention(q, k, v, causal=case[-1], return_lse=True, implementation="fa4")
+        return flash_attention(q, k, v, causal=case.causal, return_lse=True, implementation="fa4")
 
     results, vjp = jax.vjp(attention, q, k, v)
     return [np.asarray(x) for x in (*results, *vjp((dout, dlse)))]
@@ -113,11 +148,11 @@ def compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> tuple[str, bool]
     frobenius = np.linalg.norm(a - b) / np.linalg.norm(b)
     largest = np.abs(a - b).max()
     if name.endswith("lse"):
-        agrees = largest <= LSE
+        agrees = largest <= max(LSE, 2 * np.spacing(np.float32(np.abs(b).max())))
     else:
         agrees = same >= SAME_BITS and close >= ONE_ULP and frobenius <= FROBENIUS
     verdict = "" if agrees else "  DISAGREES"
-    line = f"{name:24} {same:9.4%} {close:9.4%} {frobenius:9.1e} {largest:9.1e}{verdict}"
+    line = f"{name:34} {same:9.4%} {close:9.4%} {frobenius:9.1e} {largest:9.1e}{verdict}"
     return line, bool(agrees)
 
 
@@ -134,7 +169,7 @@ def write(path: str) -> None:
 def check(path: str) -> int:
     """Run every case on the GPU and compare; the exit status."""
     saved, agree = np.load(path), True
-    print(f"{'':24} {'same':>9} {'<= 1 ulp':>9} {'rel. Fro':>9} {'largest':>9}")
+    print(f"{'':34} {'same':>9} {'<= 1 ulp':>9} {'rel. Fro':>9} {'largest':>9}")
     for name, variant, case in cases():
         for result, value in zip(RESULTS, on_gpu(variant, case), strict=True):
             line, agrees = compare(f"{name}-{result}", value, saved[f"{name}-{result}"])
