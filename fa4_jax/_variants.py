@@ -165,6 +165,8 @@ class Tiles:
     """Depth of the shared-memory ring of the operand that the main loop streams."""
     mma_warpgroups: int = 0
     """Consumer warpgroups; one more loads."""
+    scores_ahead: bool = False
+    """Backward: issue the next query tile's scores before this tile's dq and dk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,7 +250,7 @@ VARIANTS: tuple[Variant, ...] = (
         Kernel.backward,
         Arch.sm90a,
         {
-            64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+            64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2, scores_ahead=True),
             128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
         },
     ),

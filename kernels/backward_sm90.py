@@ -9,6 +9,9 @@ and dS then leave the accumulators as the register operand of dv and dk. dS goes
 memory for dq, the one product that reduces over keys, and dq is added to its fp32 accumulator by
 the TMA unit (the only result whose summation order is not fixed).
 
+With `Tiles.scores_ahead` the scores of the next query tile are issued before dq and dk of this one,
+so that the exponentials don't wait for them.
+
     p    = exp2(scale_log2 k q^T - lse_log2)     dv += p dout
     dp   = v dout^T
     dS   = p (dp - dpsum)                        dk += dS q        dq_accum += dS^T k
@@ -41,8 +44,11 @@ from cutlass.utils import hopper_helpers as sm90
 from fa4_jax._variants import Variant
 from kernels.common.block_range import BlockRange, visible_blocks
 from kernels.common.copy_sm90 import (
+    SlabPairs,
     accumulator_to_smem,
+    slab_pairs,
     store_matrix,
+    store_pairs,
     tma_atom,
     tma_store,
     tma_tiles,
@@ -114,6 +120,7 @@ class Smem(NamedTuple):
     ds: cute.Tensor
     ds_t: cute.Tensor
     dq: cute.Tensor
+    dq_flat: cute.Tensor  # the same bytes, by offset
     lse_log2: cute.Tensor
     dpsum: cute.Tensor
 
@@ -168,6 +175,7 @@ class BackwardSm90:
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
+        self.scores_ahead = variant.tiles.scores_ahead
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
@@ -318,6 +326,7 @@ class BackwardSm90:
                 thread - WARPGROUP,
                 mma,
                 smem,
+                layouts.dq,
                 Pipes(*(consumer for _, consumer in pipes)),
                 tile,
                 tma,
@@ -348,6 +357,7 @@ class BackwardSm90:
             ds=ds,
             ds_t=view(ds, layouts.ds_t),
             dq=tile(storage.dq, layouts.dq),
+            dq_flat=storage.dq.get_tensor(cute.make_layout(cute.cosize(layouts.dq))),
             lse_log2=storage.lse_log2.get_tensor(rows),
             dpsum=storage.dpsum.get_tensor(rows),
         )
@@ -384,7 +394,6 @@ class BackwardSm90:
     def load(self, tma: Tma, smem: Smem, producers: Pipes, tile: Tile, statistics: Statistics):
         """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every
         head."""
-        bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
         q_producer, dout_producer, k_producer, v_producer = producers
         blocks = tile.blocks
         if blocks.end > blocks.begin:
@@ -412,13 +421,8 @@ class BackwardSm90:
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
                     slot = q_producer.acquire_and_advance()
                     cute.copy(tma.q, g_q[None, m], s_q[None, slot.index], tma_bar_ptr=slot.barrier)
-                    with cute.arch.elect_one():
-                        cute.copy(
-                            bulk,
-                            g_lse[None, m],
-                            smem.lse_log2[None, slot.index],
-                            mbar_ptr=slot.barrier,
-                        )
+                    row = smem.lse_log2[None, slot.index]
+                    self.load_statistic(g_lse[None, m], row, slot.barrier)
                     slot = dout_producer.acquire_and_advance()
                     cute.copy(
                         tma.dout,
@@ -426,18 +430,38 @@ class BackwardSm90:
                         s_dout[None, slot.index],
                         tma_bar_ptr=slot.barrier,
                     )
-                    with cute.arch.elect_one():
-                        cute.copy(
-                            bulk,
-                            g_dpsum[None, m],
-                            smem.dpsum[None, slot.index],
-                            mbar_ptr=slot.barrier,
-                        )
+                    row = smem.dpsum[None, slot.index]
+                    self.load_statistic(g_dpsum[None, m], row, slot.barrier)
+                if const_expr(self.scores_ahead):
+                    # The scores after the last ones are nobody's; they must read something.
+                    if h == tile.group - 1:
+                        m = blocks.begin
+                        slot = q_producer.acquire_and_advance()
+                        target = s_q[None, slot.index]
+                        cute.copy(tma.q, g_q[None, m], target, tma_bar_ptr=slot.barrier)
+                        row = smem.lse_log2[None, slot.index]
+                        self.load_statistic(g_lse[None, m], row, slot.barrier)
             q_producer.tail()
             dout_producer.tail()
 
     @cute.jit
-    def compute(self, thread: Int32, mma: Mma, smem: Smem, consumers: Pipes, tile: Tile, tma: Tma):
+    def load_statistic(self, row: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
+        """A row statistic of one query tile, on the barrier of the tile it comes with."""
+        bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+        with cute.arch.elect_one():
+            cute.copy(bulk, row, target, mbar_ptr=barrier)
+
+    @cute.jit
+    def compute(  # noqa: C901 - a main loop, in the order in which it runs
+        self,
+        thread: Int32,
+        mma: Mma,
+        smem: Smem,
+        dq_layout: cute.ComposedLayout,
+        consumers: Pipes,
+        tile: Tile,
+        tma: Tma,
+    ):
         """The five products of every visited query tile for this warpgroup's 64 keys, then dk and
         dv."""
         q_consumer, dout_consumer, k_consumer, v_consumer = consumers
@@ -460,7 +484,9 @@ class BackwardSm90:
         dv.fill(0.0)
         ds_copy = store_matrix(self.dtype, mma.scores)
         s_ds = ds_copy.get_slice(thread).partition_D(smem.ds)
-        s_dq = mma.dq_slab.get_slice(thread % WARPGROUP).partition_C(smem.dq[None, None, group])
+        s_dq = slab_pairs(
+            smem.dq_flat, dq_layout, mma.dq_slab, (thread % WARPGROUP, group), (DQ_SLAB, DQ_SLAB)
+        )
         s_lse = self.column_statistic(smem.lse_log2, scores_thread)
         s_dpsum = self.column_statistic(smem.dpsum, scores_thread)
         scale_log2 = tile.softmax_scale * LOG2_E
@@ -470,67 +496,63 @@ class BackwardSm90:
             k_consumer.wait()
             v_consumer.wait()
             ds_stage = Int32(0)
+            scores = make_accumulator(mma.scores, tile_nm)
+            if const_expr(self.scores_ahead):
+                first_q = f_q[None, None, None, q_consumer.wait().index]
+                issue_gemm(mma.scores, scores, f_k, first_q, zero=True)
+                warpgroup.wait_group(0)
             for _ in cutlass.range(tile.group, unroll=1):
                 for first, end, masked in blocks.segments(blocks.end):
                     for m in cutlass.range(first, end, unroll=1):
-                        scores = make_accumulator(mma.scores, tile_nm)
                         dp = make_accumulator(mma.scores, tile_nm)
-                        q_slot = q_consumer.wait_and_advance()
-                        issue_gemm(
-                            mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True
-                        )
+                        q_slot = q_consumer.current_handle()
+                        if const_expr(not self.scores_ahead):
+                            q_consumer.wait_and_advance()
+                            f_q_m = f_q[None, None, None, q_slot.index]
+                            issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
                         dout_slot = dout_consumer.wait_and_advance()
-                        issue_gemm(
-                            mma.scores,
-                            dp,
-                            f_v,
-                            f_dout[None, None, None, dout_slot.index],
-                            zero=True,
-                        )
+                        f_dout_m = f_dout[None, None, None, dout_slot.index]
+                        issue_gemm(mma.scores, dp, f_v, f_dout_m, zero=True)
                         warpgroup.wait_group(1)
                         if const_expr(masked):
                             self.mask(rows_and_columns(scores), coords, m, tile)
                         lse_log2 = s_lse[None, None, q_slot.index]
                         self.probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                        p = to_16_bit(scores, self.dtype)
                         warpgroup.wait_group(0)
                         dpsum = s_dpsum[None, None, dout_slot.index]
                         self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
-                        p, ds = to_16_bit(scores, self.dtype), to_16_bit(dp, self.dtype)
-                        issue_gemm(
-                            mma.dv,
-                            dv,
-                            as_a_operand(p),
-                            f_dout_t[None, None, None, dout_slot.index],
-                            zero=False,
-                        )
+                        ds = to_16_bit(dp, self.dtype)
+                        f_dout_m = f_dout_t[None, None, None, dout_slot.index]
+                        issue_gemm(mma.dv, dv, as_a_operand(p), f_dout_m, zero=False)
+                        if const_expr(self.scores_ahead):
+                            q_consumer.advance()
+                            q_next = q_consumer.wait()
+                            f_q_m = f_q[None, None, None, q_next.index]
+                            issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
                         cute.copy(ds_copy, ds_copy.retile(ds), s_ds[None, None, None, ds_stage])
                         cute.arch.fence_view_async_shared()
                         cute.arch.barrier(
                             barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
                         )
+                        if const_expr(self.scores_ahead):
+                            # Before dq is issued: p's registers are needed.
+                            warpgroup.wait_group(1)
+                            dout_slot.release()
                         dq = make_accumulator(mma.dq, (self.tile_m, self.head_dim))
                         issue_gemm(mma.dq, dq, f_ds_t[None, None, None, ds_stage], f_k_t, zero=True)
-                        issue_gemm(
-                            mma.dk,
-                            dk,
-                            as_a_operand(ds),
-                            f_q_t[None, None, None, q_slot.index],
-                            zero=False,
-                        )
-                        warpgroup.wait_group(2)
-                        dout_slot.release()
+                        f_q_m = f_q_t[None, None, None, q_slot.index]
+                        issue_gemm(mma.dk, dk, as_a_operand(ds), f_q_m, zero=False)
+                        if const_expr(not self.scores_ahead):
+                            warpgroup.wait_group(2)
+                            dout_slot.release()
                         warpgroup.wait_group(1)
-                        cute.arch.barrier(
-                            barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32
-                        )
-                        cute.autovec_copy(dq, s_dq)
-                        cute.arch.fence_view_async_shared()
-                        cute.arch.barrier_arrive(
-                            barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32
-                        )
+                        self.hand_over_dq(dq, s_dq, group)
                         warpgroup.wait_group(0)
                         q_slot.release()
                         ds_stage = ds_stage ^ 1
+            if const_expr(self.scores_ahead):
+                q_consumer.release()
 
         dk.store(dk.load() * tile.softmax_scale)
         self.epilogue(thread, mma, smem, tile, tma, (dk, dv))
@@ -562,6 +584,15 @@ class BackwardSm90:
         shift = n_start - m_start
         extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
         mask_scores(scores, coords, shift - tile.band_upper, shift - tile.band_lower, extent)
+
+    @cute.jit
+    def hand_over_dq(self, dq: cute.Tensor, s_dq: SlabPairs, group: Int32):
+        """This warpgroup's slab of dq, to the store warp."""
+        threads = WARPGROUP + 32
+        cute.arch.barrier(barrier_id=DQ_EMPTY + group, number_of_threads=threads)
+        store_pairs(rows_and_columns(dq), s_dq)
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=threads)
 
     @cute.jit
     def probabilities(self, scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles between global memory, shared memory and accumulators."""
 
+from typing import NamedTuple
+
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import cpasync, warp
 
+from kernels.common.mask import accumulator_coordinates
 from kernels.common.mma_sm90 import to_16_bit
 
 
@@ -33,6 +36,51 @@ def accumulator_to_smem(
     copy = store_matrix(smem.element_type, tiled_mma)
     rounded = copy.retile(to_16_bit(acc, smem.element_type))
     cute.copy(copy, rounded, copy.get_slice(thread).partition_D(smem))
+
+
+class SlabPairs(NamedTuple):
+    """Where a thread's pairs of an fp32 accumulator lie in a slab of 128-byte rows."""
+
+    slab: cute.Tensor
+    offsets: cute.Tensor
+    row_step: int  # to the thread's second row, 8 below
+    column_step: int  # to the next 32 columns
+
+
+def slab_pairs(
+    slab: cute.Tensor,
+    layout: cute.ComposedLayout,
+    tiled_mma: cute.TiledMma,
+    thread_and_stage: tuple[Int32, Int32],
+    tile: tuple[int, int],
+) -> SlabPairs:
+    """`SlabPairs` of a thread for one stage of `layout` (rows, columns, stages), fp32 with the
+    128-byte swizzle, whose elements `slab` sees flat.
+
+    The swizzle permutes the eight 16-byte pieces of a 128-byte row by the row's number modulo 8. So
+    four offsets are enough, where the compiler, not seeing it, keeps 16 addresses in registers.
+    """
+    thread, stage = thread_and_stage
+    first = accumulator_coordinates(tiled_mma, thread, tile)
+    offsets = cute.make_rmem_tensor(4, Int32)
+    for v in range(4):
+        linear = layout.outer((first.row, first.column + 8 * v, stage))
+        offsets[v] = linear ^ (((linear >> 5) & 7) << 2)
+    return SlabPairs(slab, offsets, layout.outer((8, 0, 0)), layout.outer((0, 32, 0)))
+
+
+@cute.jit
+def store_pairs(acc: cute.Tensor, to: SlabPairs):
+    """Write a thread's accumulator (2 rows, columns) to its place in the slab, pair by pair."""
+    for r in cutlass.range_constexpr(2):
+        for v in cutlass.range_constexpr(cute.size(acc, mode=[1]) // 2):
+            pair = cute.make_rmem_tensor(2, Float32)
+            pair[0], pair[1] = acc[r, 2 * v], acc[r, 2 * v + 1]
+            offset = cute.assume(to.offsets[v % 4], divby=2)
+            offset += r * to.row_step + v // 4 * to.column_step
+            cute.autovec_copy(
+                pair, cute.make_tensor(to.slab.iterator + offset, cute.make_layout(2))
+            )
 
 
 @cute.jit

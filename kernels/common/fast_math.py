@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic that the DSL has no name for."""
 
-from cutlass import Float32, cute
+from cutlass import BFloat16, Float32, Int32, Numeric, cute
 
 
 def fma(a: Float32, b: Float32, c: Float32) -> Float32:
@@ -14,4 +14,18 @@ def fma(a: Float32, b: Float32, c: Float32) -> Float32:
         "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};",
         write_only_types=[Float32],
         read_only_args=[a, b, c],
+    )
+
+
+def round_pair(low: Float32, high: Float32, dtype: type[Numeric]) -> Int32:
+    """Two numbers rounded to a 16-bit `dtype`, packed; `low` has the lower half.
+
+    An opaque instruction, because LLVM takes a bfloat16 conversion for cheaper than a register and
+    repeats it where the result is used: the fp32 numbers stay alive then, twice the registers.
+    """
+    name = "bf16x2" if dtype is BFloat16 else "f16x2"
+    return cute.arch.inline_ptx(
+        f"cvt.rn.{name}.f32 {{$w0}}, {{$r1}}, {{$r0}};",
+        write_only_types=[Int32],
+        read_only_args=[low, high],
     )

@@ -11,8 +11,10 @@ so a row lives in four adjacent lanes.
 """
 
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 from cutlass.cute.nvgpu import warpgroup
+
+from kernels.common.fast_math import round_pair
 
 LANES_PER_ROW = 4
 
@@ -77,8 +79,14 @@ def as_a_operand(acc: cute.Tensor) -> cute.Tensor:
     )
 
 
-def to_16_bit(acc: cute.Tensor, dtype: type[cutlass.Numeric]) -> cute.Tensor:
-    """A register copy of an accumulator, rounded to `dtype`."""
+@cute.jit
+def to_16_bit(acc: cute.Tensor, dtype: cutlass.Constexpr) -> cute.Tensor:
+    """A register copy of an accumulator, rounded to `dtype`.
+
+    The accumulator's neighbours in memory are neighbours in a row, so pairs pack into one register.
+    """
     rounded = cute.make_rmem_tensor(acc.layout, dtype)
-    rounded.store(acc.load().to(dtype))
+    packed = cute.recast_tensor(rounded, Int32)
+    for i in cutlass.range_constexpr(cute.size(packed)):
+        packed[i] = round_pair(acc[2 * i], acc[2 * i + 1], dtype)
     return rounded
