@@ -153,6 +153,15 @@ SIGNATURES: Mapping[Kernel, Signature] = {
 }
 
 
+class Split(enum.StrEnum):
+    """What the consumer warpgroups of a kernel divide among themselves."""
+
+    rows = enum.auto()
+    """The rows of the result that they hold: queries of a forward, keys of a backward."""
+    products = enum.auto()
+    """A backward's products, where dk and dv of half the keys don't fit one's registers."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Tuning of one variant: nothing here changes a result by more than rounding."""
@@ -165,6 +174,8 @@ class Tiles:
     """Depth of the shared-memory ring of the operand that the main loop streams."""
     mma_warpgroups: int = 0
     """Consumer warpgroups; one more loads."""
+    split: Split = Split.rows
+    """What the consumer warpgroups divide; chooses the class that compiles the row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,20 +229,31 @@ def round_up(value: int, multiple: int) -> int:
 def grid(
     kernel: Kernel,
     arch: Arch,
-    tiles: Mapping[int, Tiles],
+    tiles: Mapping[int | tuple[int, int], Tiles],
     dtypes: Iterable[DType] = (DType.bf16, DType.f16),
 ) -> Iterator[Variant]:
-    """Rows for every dtype and head dim of `tiles` (head dim -> tiles)."""
+    """Rows for every dtype and head dim of `tiles`: of q and v alike, or a pair (q, v)."""
     for dtype in dtypes:
-        for head_dim, tile in tiles.items():
+        for head_dims, tile in tiles.items():
+            pair = (head_dims, head_dims) if isinstance(head_dims, int) else head_dims
             yield Variant(
                 kernel=kernel,
                 arch=arch,
                 dtype=dtype,
-                head_dim=head_dim,
-                head_dim_v=head_dim,
+                head_dim=pair[0],
+                head_dim_v=pair[1],
                 tiles=tile,
             )
+
+
+# One row of a backward needs its preprocess and postprocess.
+_BACKWARD_HEAD_DIMS = (64, 96, 128, (192, 128), 192, 256)
+_ELEMENTWISE = {dims: Tiles(tile_m=128) for dims in _BACKWARD_HEAD_DIMS}
+
+
+def _by_products(tile_n: int) -> Tiles:
+    """A backward whose warpgroups divide the products."""
+    return Tiles(tile_m=64, tile_n=tile_n, stages=2, mma_warpgroups=2, split=Split.products)
 
 
 VARIANTS: tuple[Variant, ...] = (
@@ -243,16 +265,20 @@ VARIANTS: tuple[Variant, ...] = (
             128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
         },
     ),
-    *grid(Kernel.backward_preprocess, Arch.sm90a, {64: Tiles(tile_m=128), 128: Tiles(tile_m=128)}),
+    *grid(Kernel.backward_preprocess, Arch.sm90a, _ELEMENTWISE),
     *grid(
         Kernel.backward,
         Arch.sm90a,
         {
             64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
             128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
+            96: _by_products(128),
+            (192, 128): _by_products(64),
+            192: _by_products(64),
+            256: _by_products(64),
         },
     ),
-    *grid(Kernel.backward_postprocess, Arch.sm90a, {64: Tiles(tile_m=128), 128: Tiles(tile_m=128)}),
+    *grid(Kernel.backward_postprocess, Arch.sm90a, _ELEMENTWISE),
 )
 
 

@@ -6,10 +6,17 @@ Bound by memory: it reads dq_accum once and writes dq once.
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 
 from fa4_jax._variants import Variant
-from kernels.common.row_tiles import THREADS, VECTOR, row_tile, rows_per_pass, vector_at
+from kernels.common.row_tiles import (
+    THREADS,
+    VECTOR,
+    columns_per_pass,
+    row_tile,
+    rows_per_pass,
+    vector_at,
+)
 
 
 class BackwardPostprocess:
@@ -42,12 +49,19 @@ class BackwardPostprocess:
             row = tile.first_row + offset
             if row < dq.shape[1]:
                 accumulator = dq_accum[tile.batch, tile.head, row, None]
-                values = cute.make_rmem_tensor(VECTOR, Float32)
-                for half in cutlass.range_constexpr(0, VECTOR, 4):
-                    piece = cute.make_tensor(values.iterator + half, cute.make_layout(4))
-                    cute.autovec_copy(vector_at(accumulator, tile.column + half, 4), piece)
-                rounded = cute.make_rmem_tensor(VECTOR, dq.element_type)
-                rounded.store((values.load() * softmax_scale).to(dq.element_type))
-                cute.autovec_copy(
-                    rounded, vector_at(dq[tile.batch, row, tile.head, None], tile.column)
-                )
+                target = dq[tile.batch, row, tile.head, None]
+                self.scale(accumulator, target, tile.column, softmax_scale)
+
+    @cute.jit
+    def scale(
+        self, accumulator: cute.Tensor, dq: cute.Tensor, column: Int32, softmax_scale: Float32
+    ):
+        """This lane's part of a row: dq = softmax_scale * accumulator."""
+        for start in cutlass.range_constexpr(0, self.head_dim, columns_per_pass(self.head_dim)):
+            values = cute.make_rmem_tensor(VECTOR, Float32)
+            for half in cutlass.range_constexpr(0, VECTOR, 4):
+                piece = cute.make_tensor(values.iterator + half, cute.make_layout(4))
+                cute.autovec_copy(vector_at(accumulator, column + (start + half), 4), piece)
+            rounded = cute.make_rmem_tensor(VECTOR, dq.element_type)
+            rounded.store((values.load() * softmax_scale).to(dq.element_type))
+            cute.autovec_copy(rounded, vector_at(dq, column + start))

@@ -34,17 +34,22 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
-from fa4_jax._variants import VARIANTS, Arch, Kernel, Variant
+from fa4_jax._variants import VARIANTS, Arch, Kernel, Split, Variant
 from kernels import signatures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Which class compiles which kernel for which architecture.
+# Which class compiles which kernel for which architecture and division of work.
 KERNELS = {
-    (Kernel.forward, Arch.sm90a): "kernels.forward_sm90:ForwardSm90",
-    (Kernel.backward, Arch.sm90a): "kernels.backward_sm90:BackwardSm90",
-    (Kernel.backward_preprocess, Arch.sm90a): "kernels.backward_preprocess:BackwardPreprocess",
-    (Kernel.backward_postprocess, Arch.sm90a): "kernels.backward_postprocess:BackwardPostprocess",
+    (Kernel.forward, Arch.sm90a, Split.rows): "kernels.forward_sm90:ForwardSm90",
+    (Kernel.backward, Arch.sm90a, Split.rows): "kernels.backward_sm90:BackwardSm90",
+    (Kernel.backward, Arch.sm90a, Split.products): "kernels.backward_wide_sm90:BackwardWideSm90",
+    (Kernel.backward_preprocess, Arch.sm90a, Split.rows): (
+        "kernels.backward_preprocess:BackwardPreprocess"
+    ),
+    (Kernel.backward_postprocess, Arch.sm90a, Split.rows): (
+        "kernels.backward_postprocess:BackwardPostprocess"
+    ),
 }
 
 # The DSL's default host target is the build machine's own CPU: with AVX-512 there, the library dies
@@ -117,9 +122,12 @@ def row_key(variant: Variant, options: str = HOST_TARGET) -> str:
 def entry_point(variant: Variant) -> str:
     """`module:Class` of the row's kernel."""
     try:
-        return KERNELS[variant.kernel, variant.arch]
+        return KERNELS[variant.kernel, variant.arch, variant.tiles.split]
     except KeyError:
-        raise KeyError(f"no class is registered for {variant.kernel} on {variant.arch}") from None
+        raise KeyError(
+            f"no class is registered for {variant.kernel} on {variant.arch} with warpgroups that "
+            f"divide {variant.tiles.split}"
+        ) from None
 
 
 def compile_row(variant: Variant, key: str, out: pathlib.Path, keep: bool) -> Report | Failure:

@@ -87,14 +87,15 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def operands(variant: Variant, case: Case) -> tuple:
-    """q, k, v, dout in the row's dtype, dlse; the same for every row of a dtype and head dim."""
+    """q, k, v, dout in the row's dtype, dlse; the same for every row of a dtype and head dims."""
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     heads, kv_heads = case.heads
-    dtype, dim = jnp.dtype(variant.dtype.numpy_name), variant.head_dim
-    q_shape = (case.batch, case.seqlen_q, heads, dim)
-    k_shape = (case.batch, case.seqlen_k, kv_heads, dim)
-    q, k, v = inputs(case.family, rng, (q_shape, k_shape, k_shape), dtype)
-    dout = jnp.asarray(rng.standard_normal(q_shape), dtype)
+    dtype = jnp.dtype(variant.dtype.numpy_name)
+    q_shape = (case.batch, case.seqlen_q, heads, variant.head_dim)
+    k_shape = (case.batch, case.seqlen_k, kv_heads, variant.head_dim)
+    v_shape = (*k_shape[:3], variant.head_dim_v)
+    q, k, v = inputs(case.family, rng, (q_shape, k_shape, v_shape), dtype)
+    dout = jnp.asarray(rng.standard_normal((*q_shape[:3], variant.head_dim_v)), dtype)
     dlse = rng.standard_normal((case.batch, heads, case.seqlen_q)).astype(np.float32)
     return q, k, v, dout, dlse
 

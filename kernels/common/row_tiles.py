@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Elementwise kernels over rows: which thread handles which 16-byte piece of which row.
 
-A tile is `tile_m` rows of one (batch, head). A row is split over `head_dim / VECTOR` neighbouring
-lanes, one 16-byte vector of a 16-bit type each, so a warp reads whole 128-byte lines.
+A tile is `tile_m` rows of one (batch, head). A row is split over neighbouring lanes, as 16-byte
+vectors of a 16-bit type: one each where that makes a power of two of lanes, else (96, 192) three
+each, a third of the row apart. No lane idles, and a row is read in pieces of 64 bytes at least.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ VECTOR = 8
 
 
 class RowTile(NamedTuple):
-    """This thread's place: lane's column, first row, and the (batch, head) of the CTA."""
+    """This thread's place: lane's first column, first row, and the (batch, head) of the CTA."""
 
     first_row: Int32
     column: Int32
@@ -23,10 +24,17 @@ class RowTile(NamedTuple):
 
 
 def lanes_per_row(head_dim: int) -> int:
-    """Lanes that share a row; a power of two, so that a shuffle can reduce over them."""
-    lanes = head_dim // VECTOR
-    assert lanes * VECTOR == head_dim and lanes & (lanes - 1) == 0 and lanes <= 32
+    """Lanes that share a row: the largest power of two of them that divides its vectors, so that a
+    shuffle can reduce over them."""
+    vectors = head_dim // VECTOR
+    lanes = vectors & -vectors
+    assert vectors * VECTOR == head_dim and lanes <= 32
     return lanes
+
+
+def columns_per_pass(head_dim: int) -> int:
+    """Columns that a row's lanes handle at a time: a lane's vectors are this far apart."""
+    return lanes_per_row(head_dim) * VECTOR
 
 
 def row_tile(padded_rows: Int32, heads: Int32, head_dim: int, tile_m: int) -> RowTile:
