@@ -28,6 +28,11 @@ dq goes from registers to global memory by vector reductions: through shared mem
 would cost 128 KiB of shared-memory traffic per tile at d=256, half of what all products read, and a
 tile that isn't left. The two edges need no empty barriers: before P_FULL of the next tile both
 warpgroups have finished this tile's dq, and before DS_FULL of this tile p has been read.
+
+Each warpgroup issues its scores of the next tile before it adds its dq of this one, and the
+probability side has fewer of dq's columns: its exponentials then run while the score-gradient
+side's dk and scores keep the tensor cores busy. At d=256 a tile of 64 by 64 is 2,560 cycles of
+these, of which the probability side issues 1,152, and about 2,750 cycles of shared memory.
 """
 
 import functools
@@ -35,7 +40,7 @@ from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass import Float32, Int32, Int64, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -45,6 +50,7 @@ from fa4_jax._variants import Variant
 from kernels.common.copy_sm90 import (
     accumulator_to_smem,
     add_to_gmem,
+    reduction_address,
     store_matrix,
     tma_atom,
     tma_store,
@@ -115,13 +121,13 @@ class Smem(NamedTuple):
 
 
 class Mma(NamedTuple):
-    """scores: k q^T and v dout^T; dk, dv: register operand times q, dout; dq: dS^T k, each
-    warpgroup's columns."""
+    """scores: k q^T and v dout^T; dk, dv: register operand times q, dout; dq: dS^T k, by parts of
+    its columns."""
 
     scores: cute.TiledMma
     dk: cute.TiledMma
     dv: cute.TiledMma
-    dq: tuple[cute.TiledMma, cute.TiledMma]
+    dq: tuple[cute.TiledMma, ...]
 
 
 class BackwardWideSm90:
@@ -133,11 +139,13 @@ class BackwardWideSm90:
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
         self.registers = register_split(variant.tiles.mma_warpgroups)
-        # k's swizzle atom: dq's columns are divided between atoms. The score-gradient warpgroup
-        # gets the larger part, as the other has the exponentials.
-        atom = 64 if self.head_dim % 64 == 0 else 32
-        middle = self.head_dim // 2 // atom * atom
-        self.dq_columns = ((0, middle), (middle, self.head_dim - middle))
+        # (first column, columns) of dq's products: the probability side's one, then the
+        # score-gradient side's, as many columns as its registers hold beside dk and dS. A product
+        # must not start inside a swizzle atom of k, 64 columns, or 32 at d=96.
+        widths = {96: (64, 32), 192: (64, 128), 256: (64, 64, 64, 64)}[self.head_dim]
+        self.dq_parts = tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
+        assert sum(widths) == self.head_dim
+        self.width = variant.static_dims["E"]
         assert self.tile_m == TILE_M and self.tile_n % 64 == 0
         assert variant.tiles.mma_warpgroups == 2, "the products are divided into two"
 
@@ -246,7 +254,7 @@ class BackwardWideSm90:
             dk=make(k_major, mn_major, Float32, one, (64, self.head_dim), registers),
             dv=make(k_major, mn_major, Float32, one, (64, self.head_dim_v), registers),
             dq=tuple(
-                make(mn_major, mn_major, Float32, one, (64, width)) for _, width in self.dq_columns
+                make(mn_major, mn_major, Float32, one, (64, width)) for _, width in self.dq_parts
             ),
         )
 
@@ -343,16 +351,17 @@ class BackwardWideSm90:
         dq_accum: cute.Tensor,
         stores: Stores,
     ):
-        """p, dv and the first columns of dq for every visited query tile; then dv."""
+        """p, dv and the first part of dq for every visited query tile; then dv."""
         q_consumer, k_consumer, _, dout_consumer = consumers
         scores_thread = mma.scores.get_slice(thread)
         s_k, s_q = smem.operands.k, smem.operands.q
         f_k = mma.scores.make_fragment_A(scores_thread.partition_A(s_k))[None, None, None, 0]
         f_q = mma.scores.make_fragment_B(scores_thread.partition_B(s_q))
         f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(thread).partition_B(smem.dout_t))
-        f_ds_t, f_k_t = self.dq_operands(thread, mma, smem, 0)
+        f_dq = [self.dq_operands(thread, mma, smem, 0)]
         tile_nm = (self.tile_n, self.tile_m)
         coords = accumulator_coordinates(mma.scores, thread, tile_nm)
+        scores = make_accumulator(mma.scores, tile_nm)
         dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
         dv.fill(0.0)
         s_lse = column_statistic(smem.rows.lse_log2, scores_thread, self.tile_n)
@@ -362,45 +371,37 @@ class BackwardWideSm90:
 
         if blocks.end > blocks.begin:
             k_consumer.wait()
-            for h in cutlass.range(tile.group, unroll=1):
-                g_dq = self.dq_tiles(dq_accum, tile, h, 0)
-                for first, end, masked in blocks.segments(blocks.end):
-                    for m in cutlass.range(first, end, unroll=1):
-                        scores = make_accumulator(mma.scores, tile_nm)
+            q_slot = q_consumer.wait_and_advance()
+            issue_gemm(mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True)
+            m = blocks.begin
+            g_dq, wrap = self.dq_addresses(dq_accum, tile, thread)
+            for count, last in self.visits(tile):
+                for _ in cutlass.range(count, unroll=1):
+                    lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
+                    warpgroup.wait_group(0)
+                    if blocks.needs_mask(m):
+                        tile_mn = (self.tile_m, self.tile_n)
+                        mask_transposed(rows_and_columns(scores), coords, m, tile, tile_mn)
+                    probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                    q_slot.release()
+                    self.store_quads(self.as_quads(scores), s_p)
+                    cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=BOTH)
+                    p = to_16_bit(scores, self.dtype)
+                    dout_slot = dout_consumer.wait_and_advance()
+                    f_b = f_dout_t[None, None, None, dout_slot.index]
+                    issue_gemm(mma.dv, dv, as_a_operand(p), f_b, zero=False)
+                    cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+                    dq = self.issue_dq(mma, f_dq, 0)
+                    # dv first: the scores would not fit beside p. They follow dq without a gap.
+                    warpgroup.wait_group(1)
+                    dout_slot.release()
+                    if const_expr(not last):
                         q_slot = q_consumer.wait_and_advance()
-                        issue_gemm(
-                            mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True
-                        )
-                        warpgroup.wait_group(0)
-                        if const_expr(masked):
-                            mask_transposed(
-                                rows_and_columns(scores),
-                                coords,
-                                m,
-                                tile,
-                                (self.tile_m, self.tile_n),
-                            )
-                        lse_log2 = s_lse[None, None, q_slot.index]
-                        probabilities(rows_and_columns(scores), lse_log2, scale_log2)
-                        q_slot.release()
-                        self.store_quads(self.as_quads(scores), s_p)
-                        cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=BOTH)
-                        p = to_16_bit(scores, self.dtype)
-                        dout_slot = dout_consumer.wait_and_advance()
-                        issue_gemm(
-                            mma.dv,
-                            dv,
-                            as_a_operand(p),
-                            f_dout_t[None, None, None, dout_slot.index],
-                            zero=False,
-                        )
-                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
-                        dq = make_accumulator(mma.dq[0], (self.tile_m, self.dq_columns[0][1]))
-                        issue_gemm(mma.dq[0], dq, f_ds_t, f_k_t, zero=True)
-                        warpgroup.wait_group(1)
-                        dout_slot.release()
-                        warpgroup.wait_group(0)
-                        add_to_gmem(dq, thread, g_dq[None, None, m])
+                        f_b = f_q[None, None, None, q_slot.index]
+                        issue_gemm(mma.scores, scores, f_k, f_b, zero=True)
+                    warpgroup.wait_group(const_expr(int(not last)))
+                    self.add_dq(dq, thread, g_dq, 0)
+                    m, g_dq = self.next_visit(tile, m, g_dq, wrap)
 
         g_dv = stores.g_dv[None, None, tile.kv_head, tile.batch]
         g_dv = cute.local_tile(g_dv, (self.tile_n, self.head_dim_v), (tile.n_block, 0))
@@ -417,14 +418,16 @@ class BackwardWideSm90:
         dq_accum: cute.Tensor,
         stores: Stores,
     ):
-        """dS, dk and the last columns of dq for every visited query tile; then dk."""
+        """dS, dk and the other parts of dq for every visited query tile; then dk."""
         q_consumer, k_consumer, v_consumer, dout_consumer = consumers
         scores_thread = mma.scores.get_slice(thread)
         s_v, s_dout = smem.operands.v, smem.operands.dout
         f_v = mma.scores.make_fragment_A(scores_thread.partition_A(s_v))[None, None, None, 0]
         f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(s_dout))
         f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(thread).partition_B(smem.q_t))
-        f_ds_t, f_k_t = self.dq_operands(thread, mma, smem, 1)
+        parts = len(self.dq_parts)
+        f_dq = [self.dq_operands(thread, mma, smem, part) for part in range(parts)]
+        dp = make_accumulator(mma.scores, (self.tile_n, self.tile_m))
         dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
         dk.fill(0.0)
         ds_copy = store_matrix(self.dtype, mma.scores)
@@ -435,62 +438,113 @@ class BackwardWideSm90:
 
         if blocks.end > blocks.begin:
             v_consumer.wait()
+            dout_slot = dout_consumer.wait_and_advance()
+            issue_gemm(mma.scores, dp, f_v, f_dout[None, None, None, dout_slot.index], zero=True)
             k_consumer.wait()
-            for h in cutlass.range(tile.group, unroll=1):
-                g_dq = self.dq_tiles(dq_accum, tile, h, 1)
-                for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
-                    dp = make_accumulator(mma.scores, (self.tile_n, self.tile_m))
-                    dout_slot = dout_consumer.wait_and_advance()
-                    issue_gemm(
-                        mma.scores, dp, f_v, f_dout[None, None, None, dout_slot.index], zero=True
-                    )
+            m = blocks.begin
+            g_dq, wrap = self.dq_addresses(dq_accum, tile, thread)
+            for count, last in self.visits(tile):
+                for _ in cutlass.range(count, unroll=1):
+                    dpsum = self.statistic(s_dpsum[None, None, dout_slot.index])
                     warpgroup.wait_group(0)
-                    cute.arch.barrier(barrier_id=P_FULL, number_of_threads=BOTH)
-                    dpsum = s_dpsum[None, None, dout_slot.index]
-                    self.score_gradient(self.as_quads(dp), s_p, dpsum)
+                    self.centre(self.as_quads(dp), dpsum)
                     dout_slot.release()
+                    cute.arch.barrier(barrier_id=P_FULL, number_of_threads=BOTH)
+                    self.times_p(self.as_quads(dp), s_p)
                     ds = to_16_bit(dp, self.dtype)
                     cute.copy(ds_copy, ds_copy.retile(ds), s_ds)
                     cute.arch.fence_view_async_shared()
                     cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
-                    dq = make_accumulator(mma.dq[1], (self.tile_m, self.dq_columns[1][1]))
-                    issue_gemm(mma.dq[1], dq, f_ds_t, f_k_t, zero=True)
+                    dq = self.issue_dq(mma, f_dq, 1)
                     q_slot = q_consumer.wait_and_advance()
-                    issue_gemm(
-                        mma.dk,
-                        dk,
-                        as_a_operand(ds),
-                        f_q_t[None, None, None, q_slot.index],
-                        zero=False,
-                    )
+                    f_b = f_q_t[None, None, None, q_slot.index]
+                    issue_gemm(mma.dk, dk, as_a_operand(ds), f_b, zero=False)
                     warpgroup.wait_group(1)
-                    add_to_gmem(dq, thread, g_dq[None, None, m])
-                    warpgroup.wait_group(0)
-                    q_slot.release()
+                    for part in cutlass.range_constexpr(2, parts):
+                        if const_expr(part == 2):
+                            self.add_dq(dq, thread, g_dq, part - 1)
+                            dq = self.issue_dq(mma, f_dq, part)
+                            warpgroup.wait_group(1)  # dk
+                            q_slot.release()
+                        else:
+                            following = self.issue_dq(mma, f_dq, part)
+                            warpgroup.wait_group(1)
+                            self.add_dq(dq, thread, g_dq, part - 1)
+                            dq = following
+                    if const_expr(not last):
+                        dout_slot = dout_consumer.wait_and_advance()
+                        f_b = f_dout[None, None, None, dout_slot.index]
+                        issue_gemm(mma.scores, dp, f_v, f_b, zero=True)
+                    ahead = const_expr(int(not last))
+                    if const_expr(parts > 2):
+                        warpgroup.wait_group(ahead)
+                    self.add_dq(dq, thread, g_dq, parts - 1)
+                    if const_expr(parts == 2):
+                        warpgroup.wait_group(ahead)  # dk
+                        q_slot.release()
+                    m, g_dq = self.next_visit(tile, m, g_dq, wrap)
 
         dk.store(dk.load() * tile.softmax_scale)
         g_dk = stores.g_dk[None, None, tile.kv_head, tile.batch]
         g_dk = cute.local_tile(g_dk, (self.tile_n, self.head_dim), (tile.n_block, 0))
         self.epilogue(thread, 1, dk, mma.dk, smem.operands.k, (stores.dk, g_dk))
 
-    def dq_operands(self, thread: Int32, mma: Mma, smem: Smem, side: int):
-        """dS^T and this side's columns of k, as operands of its part of dq."""
-        first, width = self.dq_columns[side]
-        part = mma.dq[side].get_slice(thread)
+    def visits(self, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
+        """(query tiles, whether it is the last one): a loop each, as the last one issues nothing
+        ahead, and a branch around that would make ptxas wait for what is in flight."""
+        total = tile.group * (tile.blocks.end - tile.blocks.begin)
+        return ((total - 1, False), (Int32(1), True))
+
+    @cute.jit
+    def next_visit(self, tile: KeyTile, m: Int32, g_dq: Int64, wrap: Int64) -> tuple[Int32, Int64]:
+        """The query tile after m, and where its dq is: of the same head, or of the next's first."""
+        last = m + 1 == tile.blocks.end
+        g_dq = g_dq + 4 * self.tile_m * self.width
+        return (tile.blocks.begin if last else m + 1, g_dq + wrap if last else g_dq)
+
+    def dq_operands(self, thread: Int32, mma: Mma, smem: Smem, part: int):
+        """dS^T and the columns of k of this part of dq."""
+        first, width = self.dq_parts[part]
+        mine = mma.dq[part].get_slice(thread)
         k_t = cute.domain_offset((first, 0), smem.k_t[None, None, 0])
         k_t = cute.local_tile(k_t, (width, self.tile_n), (0, 0))
         return (
-            mma.dq[side].make_fragment_A(part.partition_A(smem.ds_t[None, None, 0])),
-            mma.dq[side].make_fragment_B(part.partition_B(k_t)),
+            mma.dq[part].make_fragment_A(mine.partition_A(smem.ds_t[None, None, 0])),
+            mma.dq[part].make_fragment_B(mine.partition_B(k_t)),
         )
 
-    def dq_tiles(self, dq_accum: cute.Tensor, tile: KeyTile, h: Int32, side: int) -> cute.Tensor:
-        """This side's columns of the accumulator of query head h of the group, as (tile_m, columns,
-        query tile)."""
-        first, width = self.dq_columns[side]
-        g_dq = dq_accum[None, None, tile.kv_head * tile.group + h, tile.batch]
-        g_dq = cute.domain_offset((0, first), g_dq)
-        return cute.local_tile(g_dq, (self.tile_m, width), (None, 0))
+    def issue_dq(self, mma: Mma, operands: list, part: int) -> cute.Tensor:
+        """The accumulator of this part of dq, in flight."""
+        dq = make_accumulator(mma.dq[part], (self.tile_m, self.dq_parts[part][1]))
+        issue_gemm(mma.dq[part], dq, *operands[part], zero=True)
+        return dq
+
+    def dq_addresses(
+        self, dq_accum: cute.Tensor, tile: KeyTile, thread: Int32
+    ) -> tuple[Int64, Int64]:
+        """This thread's place in the accumulator of the first visited query tile, and what leads
+        from behind the last tile of a head to the first of the next. One address that moves: its
+        parts would take registers that d=256 hasn't."""
+        blocks = tile.blocks
+        g_dq = dq_accum[None, None, tile.kv_head * tile.group, tile.batch]
+        tile_bytes = 4 * self.tile_m * self.width
+        address = reduction_address(g_dq, thread) + Int64(blocks.begin) * tile_bytes
+        visited = Int64(blocks.end - blocks.begin) * tile_bytes
+        return address, 4 * dq_accum.stride[2] - visited
+
+    def add_dq(self, dq: cute.Tensor, thread: Int32, address: Int64, part: int):
+        """Add this part of dq to the accumulator."""
+        add_to_gmem(dq, thread, address, self.dq_parts[part][0], self.width)
+
+    @cute.jit
+    def statistic(self, smem: cute.Tensor) -> cute.Tensor:
+        """A register copy of this thread's (2, column pairs) of a row statistic, so that its reads
+        overlap the product that is in flight."""
+        pairs = cute.size(smem, mode=[1])
+        statistic = cute.make_rmem_tensor((2, pairs), Float32)
+        for pair in cutlass.range_constexpr(pairs):
+            cute.autovec_copy(smem[None, pair], statistic[None, pair])
+        return statistic
 
     @cute.jit
     def store_quads(self, p: cute.Tensor, s_p: cute.Tensor):
@@ -500,16 +554,22 @@ class BackwardWideSm90:
                 cute.autovec_copy(p[None, pair, block], s_p[None, pair, block])
 
     @cute.jit
-    def score_gradient(self, dp: cute.Tensor, s_p: cute.Tensor, dpsum: cute.Tensor):
-        """dp <- p * (dp - dpsum), the gradient of the scaled scores, both as `as_quads`."""
-        for pair in cutlass.range_constexpr(cute.size(dp, mode=[1])):
-            statistic = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(dpsum[None, pair], statistic)
-            for block in cutlass.range_constexpr(cute.size(dp, mode=[2])):
+    def centre(self, dp: cute.Tensor, dpsum: cute.Tensor):
+        """dp <- dp - dpsum, as `as_quads`."""
+        for block in cutlass.range_constexpr(cute.size(dp, mode=[2])):
+            for pair in cutlass.range_constexpr(cute.size(dp, mode=[1])):
+                for i in cutlass.range_constexpr(4):
+                    dp[i, pair, block] = dp[i, pair, block] - dpsum[i % 2, pair]
+
+    @cute.jit
+    def times_p(self, dp: cute.Tensor, s_p: cute.Tensor):
+        """dp <- p * dp, the gradient of the scaled scores, as `as_quads`."""
+        for block in cutlass.range_constexpr(cute.size(dp, mode=[2])):
+            for pair in cutlass.range_constexpr(cute.size(dp, mode=[1])):
                 p = cute.make_rmem_tensor(4, Float32)
                 cute.autovec_copy(s_p[None, pair, block], p)
                 for i in cutlass.range_constexpr(4):
-                    dp[i, pair, block] = p[i] * (dp[i, pair, block] - statistic[i % 2])
+                    dp[i, pair, block] = p[i] * dp[i, pair, block]
 
     @cute.jit
     def epilogue(

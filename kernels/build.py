@@ -70,11 +70,15 @@ class Report:
     cubin_sha256: str
     ptx_sha256: str
     spills: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    """What ptxas calls potential performance losses. One of them makes every WGMMA wait for the one
+    before, for want of registers, and leaves neither a spill nor another sign."""
 
     def __str__(self) -> str:
         return (
             f"{self.name} {self.seconds:.1f} s, {self.registers} registers, "
             f"{self.spill_bytes or 'no'} {'bytes of ' if self.spill_bytes else ''}spills"
+            f"{''.join(f', {loss}' for loss in self.losses)}"
         )
 
 
@@ -204,11 +208,15 @@ def _ptxas_facts(remarks: str) -> dict[str, object]:
         r"Name:\s+RemarkPerfRegisterSpill\nDebugLoc:\s+\{ File: .*?([\w.]+\.py)'?\"?, Line: (\d+)",
         remarks,
     )
+    losses = re.findall(
+        r"Potential Performance Loss: (.*?)(?: (?:for|in) (?:the )?function.*)?$", remarks, re.M
+    )
     return {
         "registers": largest(r"Used (\d+) registers"),
         "spill_bytes": largest(r"(\d+) bytes spill stores") + largest(r"(\d+) bytes spill loads"),
         "shared_memory": largest(r"Shared memory allocated: (\d+) bytes"),
         "spills": tuple(dict.fromkeys(f"{file}:{line}" for file, line in spills)),
+        "losses": tuple(dict.fromkeys(losses)),
     }
 
 
@@ -300,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--keep", action="store_true", help="keep PTX and cubin beside the object")
     parser.add_argument(
-        "--report", action="store_true", help="shared memory, spilling lines, hashes"
+        "--report", action="store_true", help="shared memory, spills, losses, hashes"
     )
     parser.add_argument("--digest", action="store_true", help="print the sha256 of each row's PTX")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
@@ -335,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{report.name}: {report.registers} registers, {report.spill_bytes} bytes spilled"
                 f"{' at ' + ', '.join(report.spills) if report.spills else ''}, "
                 f"{report.shared_memory} bytes of shared memory, cubin {report.cubin_sha256}"
+                f"{''.join(f'; {loss}' for loss in report.losses)}"
             )
         if report and options.digest:
             print(f"{report.ptx_sha256}  {report.name}")

@@ -2,7 +2,7 @@
 """Tiles between global memory, shared memory and accumulators."""
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warp
 
 from kernels.common.mma_sm90 import LANES_PER_ROW, to_16_bit
@@ -47,19 +47,30 @@ def tma_store(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
-@cute.jit
-def add_to_gmem(acc: cute.Tensor, thread: Int32, gmem: cute.Tensor):
-    """gmem += the m64nN accumulator of one warpgroup, by vector reductions from its registers.
-
-    `gmem` is a (64, N) fp32 tile with static, 16-byte aligned rows; N % 16 == 0. Odd and even lanes
-    exchange half of what they hold, so that a lane has four consecutive columns and the four lanes
-    of a row 64 consecutive bytes.
-    """
+def reduction_address(gmem: cute.Tensor, thread: Int32) -> Int64:
+    """Where in a (64, N) fp32 tile `add_to_gmem` puts this thread's first element, as bytes."""
     warp, lane = thread // 32, thread % 32
     quad = lane % LANES_PER_ROW
-    odd = quad % 2 == 1
     place = (16 * warp + lane // LANES_PER_ROW, 8 * (quad % 2) + 4 * (quad // 2))
-    address = cute.domain_offset(place, gmem).iterator.toint()
+    return cute.domain_offset(place, gmem).iterator.toint()
+
+
+@cute.jit
+def add_to_gmem(
+    acc: cute.Tensor,
+    thread: Int32,
+    address: Int64,
+    column: cutlass.Constexpr,
+    row_stride: cutlass.Constexpr,
+):
+    """Add one warpgroup's m64nN accumulator to an fp32 tile in global memory from `column` on, by
+    vector reductions.
+
+    `address` is the tile's `reduction_address`, rows are 16-byte aligned and N % 16 == 0. Odd and
+    even lanes exchange half of what they hold, so that a lane has four consecutive columns and the
+    four lanes of a row 64 consecutive bytes.
+    """
+    odd = thread % 2 == 1
     values = cute.make_tensor(acc.iterator, cute.make_layout((2, 2, cute.size(acc) // 4)))
     for v in cutlass.range_constexpr(0, cute.size(values, mode=[2]), 2):
         for r in cutlass.range_constexpr(2):
@@ -70,7 +81,7 @@ def add_to_gmem(acc: cute.Tensor, thread: Int32, gmem: cute.Tensor):
                 theirs = cute.arch.shuffle_sync_bfly(theirs, offset=1)
                 low.append(theirs if odd else mine)
                 high.append(mine if odd else theirs)
-            offset = 4 * (8 * r * gmem.stride[0] + 8 * v)
+            offset = 4 * (8 * r * row_stride + 8 * v + column)
             cute.arch.inline_ptx(
                 f"red.relaxed.gpu.global.add.v4.f32 [{{$r0}} + {offset}], "
                 "{ {$r1}, {$r2}, {$r3}, {$r4} };",
