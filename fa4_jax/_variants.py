@@ -142,7 +142,8 @@ SIGNATURES: Mapping[Kernel, Signature] = {
     Kernel.backward_preprocess: Signature(
         (_OUT, _DOUT, _LSE, Buffer("dlse", "BNT", DType.f32)), (_DPSUM, _LSE_LOG2, _DQ_ACCUM)
     ),
-    # dk and dv complete; dq_accum += dS k, still without softmax_scale.
+    # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
+    # order that the row's `Split` says.
     Kernel.backward: Signature(
         (_Q, _K, _V, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM),
         (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
@@ -159,7 +160,12 @@ class Split(enum.StrEnum):
     rows = enum.auto()
     """The rows of the result that they hold: queries of a forward, keys of a backward."""
     products = enum.auto()
-    """A backward's products, where dk and dv of half the keys don't fit one's registers."""
+    """A backward's products, where dk and dv of half the keys don't fit one's registers.
+
+    Such a backward leaves dq_accum's columns as an MMA's accumulator has them: of 16, position
+    4 t + 2 h + c (t < 4; h, c < 2) holds column 8 h + 2 t + c. Its postprocess, whose row says
+    `products` too, puts them in order.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -246,15 +252,19 @@ def grid(
             )
 
 
-# One row of a backward needs its preprocess and postprocess.
-_BACKWARD_HEAD_DIMS = (64, 96, 128, (192, 128), 192, 256)
-_ELEMENTWISE = {dims: Tiles(tile_m=128) for dims in _BACKWARD_HEAD_DIMS}
-
-
 def _by_products(tile_n: int) -> Tiles:
     """A backward whose warpgroups divide the products."""
     return Tiles(tile_m=64, tile_n=tile_n, stages=2, mma_warpgroups=2, split=Split.products)
 
+
+_BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
+    64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+    128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
+    96: _by_products(128),
+    (192, 128): _by_products(64),
+    192: _by_products(64),
+    256: _by_products(64),
+}
 
 VARIANTS: tuple[Variant, ...] = (
     *grid(
@@ -265,20 +275,17 @@ VARIANTS: tuple[Variant, ...] = (
             128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
         },
     ),
-    *grid(Kernel.backward_preprocess, Arch.sm90a, _ELEMENTWISE),
     *grid(
-        Kernel.backward,
+        Kernel.backward_preprocess,
         Arch.sm90a,
-        {
-            64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
-            128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
-            96: _by_products(128),
-            (192, 128): _by_products(64),
-            192: _by_products(64),
-            256: _by_products(64),
-        },
+        {dims: Tiles(tile_m=128) for dims in _BACKWARD_SM90},
     ),
-    *grid(Kernel.backward_postprocess, Arch.sm90a, _ELEMENTWISE),
+    *grid(Kernel.backward, Arch.sm90a, _BACKWARD_SM90),
+    *grid(
+        Kernel.backward_postprocess,
+        Arch.sm90a,
+        {dims: Tiles(tile_m=128, split=tiles.split) for dims, tiles in _BACKWARD_SM90.items()},
+    ),
 )
 
 

@@ -400,7 +400,7 @@ class BackwardWideSm90:
                         f_b = f_q[None, None, None, q_slot.index]
                         issue_gemm(mma.scores, scores, f_k, f_b, zero=True)
                     warpgroup.wait_group(const_expr(int(not last)))
-                    self.add_dq(dq, thread, g_dq, 0)
+                    self.add_dq(dq, g_dq, 0)
                     m, g_dq = self.next_visit(tile, m, g_dq, wrap)
 
         g_dv = stores.g_dv[None, None, tile.kv_head, tile.batch]
@@ -462,14 +462,14 @@ class BackwardWideSm90:
                     warpgroup.wait_group(1)
                     for part in cutlass.range_constexpr(2, parts):
                         if const_expr(part == 2):
-                            self.add_dq(dq, thread, g_dq, part - 1)
+                            self.add_dq(dq, g_dq, part - 1)
                             dq = self.issue_dq(mma, f_dq, part)
                             warpgroup.wait_group(1)  # dk
                             q_slot.release()
                         else:
                             following = self.issue_dq(mma, f_dq, part)
                             warpgroup.wait_group(1)
-                            self.add_dq(dq, thread, g_dq, part - 1)
+                            self.add_dq(dq, g_dq, part - 1)
                             dq = following
                     if const_expr(not last):
                         dout_slot = dout_consumer.wait_and_advance()
@@ -478,7 +478,7 @@ class BackwardWideSm90:
                     ahead = const_expr(int(not last))
                     if const_expr(parts > 2):
                         warpgroup.wait_group(ahead)
-                    self.add_dq(dq, thread, g_dq, parts - 1)
+                    self.add_dq(dq, g_dq, parts - 1)
                     if const_expr(parts == 2):
                         warpgroup.wait_group(ahead)  # dk
                         q_slot.release()
@@ -532,9 +532,9 @@ class BackwardWideSm90:
         visited = Int64(blocks.end - blocks.begin) * tile_bytes
         return address, 4 * dq_accum.stride[2] - visited
 
-    def add_dq(self, dq: cute.Tensor, thread: Int32, address: Int64, part: int):
+    def add_dq(self, dq: cute.Tensor, address: Int64, part: int):
         """Add this part of dq to the accumulator."""
-        add_to_gmem(dq, thread, address, self.dq_parts[part][0], self.width)
+        add_to_gmem(dq, address, self.dq_parts[part][0], self.width)
 
     @cute.jit
     def statistic(self, smem: cute.Tensor) -> cute.Tensor:

@@ -47,9 +47,12 @@ KERNELS = {
     (Kernel.backward_preprocess, Arch.sm90a, Split.rows): (
         "kernels.backward_preprocess:BackwardPreprocess"
     ),
-    (Kernel.backward_postprocess, Arch.sm90a, Split.rows): (
-        "kernels.backward_postprocess:BackwardPostprocess"
-    ),
+    **{
+        (Kernel.backward_postprocess, Arch.sm90a, split): (
+            "kernels.backward_postprocess:BackwardPostprocess"
+        )
+        for split in Split
+    },
 }
 
 # The DSL's default host target is the build machine's own CPU: with AVX-512 there, the library dies

@@ -68,6 +68,19 @@ def test_every_backward_is_whole() -> None:
         assert by_kernel[kernel] == by_kernel[Kernel.backward], kernel
 
 
+def test_a_postprocess_reads_what_its_backward_left() -> None:
+    """The order of dq_accum's columns."""
+    split = {
+        kernel: {
+            (v.arch, v.dtype, v.head_dim, v.head_dim_v): v.tiles.split
+            for v in VARIANTS
+            if v.kernel is kernel
+        }
+        for kernel in (Kernel.backward, Kernel.backward_postprocess)
+    }
+    assert split[Kernel.backward] == split[Kernel.backward_postprocess]
+
+
 def test_every_architecture_builds_what_another_does() -> None:
     """Arch-free keys are chosen when lowering: one that only one chip has fails on others."""
     keys = {

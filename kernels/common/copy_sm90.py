@@ -50,40 +50,28 @@ def tma_store(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
 def reduction_address(gmem: cute.Tensor, thread: Int32) -> Int64:
     """Where in a (64, N) fp32 tile `add_to_gmem` puts this thread's first element, as bytes."""
     warp, lane = thread // 32, thread % 32
-    quad = lane % LANES_PER_ROW
-    place = (16 * warp + lane // LANES_PER_ROW, 8 * (quad % 2) + 4 * (quad // 2))
+    place = (16 * warp + lane // LANES_PER_ROW, 4 * (lane % LANES_PER_ROW))
     return cute.domain_offset(place, gmem).iterator.toint()
 
 
 @cute.jit
 def add_to_gmem(
-    acc: cute.Tensor,
-    thread: Int32,
-    address: Int64,
-    column: cutlass.Constexpr,
-    row_stride: cutlass.Constexpr,
+    acc: cute.Tensor, address: Int64, column: cutlass.Constexpr, row_stride: cutlass.Constexpr
 ):
     """Add one warpgroup's m64nN accumulator to an fp32 tile in global memory from `column` on, by
-    vector reductions.
+    vector reductions, in `Split.products`'s order of columns.
 
-    `address` is the tile's `reduction_address`, rows are 16-byte aligned and N % 16 == 0. Odd and
-    even lanes exchange half of what they hold, so that a lane has four consecutive columns and the
-    four lanes of a row 64 consecutive bytes.
+    `address` is the tile's `reduction_address`, rows are 16-byte aligned and N % 16 == 0. In that
+    order four consecutive elements are one lane's and the four lanes of a row add 64 consecutive
+    bytes. In the natural one, lanes would first have to exchange: two shuffles per vector, each as
+    much of shared memory's data path as the operands of a quarter of an MMA.
     """
-    odd = thread % 2 == 1
     values = cute.make_tensor(acc.iterator, cute.make_layout((2, 2, cute.size(acc) // 4)))
     for v in cutlass.range_constexpr(0, cute.size(values, mode=[2]), 2):
         for r in cutlass.range_constexpr(2):
-            low, high = [], []
-            for c in cutlass.range_constexpr(2):
-                mine = values[c, r, v + 1] if odd else values[c, r, v]
-                theirs = values[c, r, v] if odd else values[c, r, v + 1]
-                theirs = cute.arch.shuffle_sync_bfly(theirs, offset=1)
-                low.append(theirs if odd else mine)
-                high.append(mine if odd else theirs)
             offset = 4 * (8 * r * row_stride + 8 * v + column)
             cute.arch.inline_ptx(
                 f"red.relaxed.gpu.global.add.v4.f32 [{{$r0}} + {offset}], "
                 "{ {$r1}, {$r2}, {$r3}, {$r4} };",
-                read_only_args=[address, *low, *high],
+                read_only_args=[address, *(values[c, r, v + h] for h in (0, 1) for c in (0, 1))],
             )

@@ -23,37 +23,39 @@ class RowTile(NamedTuple):
     batch: Int32
 
 
-def lanes_per_row(head_dim: int) -> int:
+def lanes_per_row(head_dim: int, vector: int = VECTOR) -> int:
     """Lanes that share a row: the largest power of two of them that divides its vectors, so that a
     shuffle can reduce over them."""
-    vectors = head_dim // VECTOR
+    vectors = head_dim // vector
     lanes = vectors & -vectors
-    assert vectors * VECTOR == head_dim and lanes <= 32
+    assert vectors * vector == head_dim and lanes <= 32
     return lanes
 
 
-def columns_per_pass(head_dim: int) -> int:
+def columns_per_pass(head_dim: int, vector: int = VECTOR) -> int:
     """Columns that a row's lanes handle at a time: a lane's vectors are this far apart."""
-    return lanes_per_row(head_dim) * VECTOR
+    return lanes_per_row(head_dim, vector) * vector
 
 
-def row_tile(padded_rows: Int32, heads: Int32, head_dim: int, tile_m: int) -> RowTile:
+def row_tile(
+    padded_rows: Int32, heads: Int32, head_dim: int, tile_m: int, vector: int = VECTOR
+) -> RowTile:
     """Decode block and thread index; the grid is batch * heads * padded_rows / tile_m blocks."""
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     tiles = padded_rows // tile_m
-    lanes = lanes_per_row(head_dim)
+    lanes = lanes_per_row(head_dim, vector)
     return RowTile(
         first_row=block % tiles * tile_m + thread // lanes,
-        column=thread % lanes * VECTOR,
+        column=thread % lanes * vector,
         head=block // tiles % heads,
         batch=block // (tiles * heads),
     )
 
 
-def rows_per_pass(head_dim: int) -> int:
+def rows_per_pass(head_dim: int, vector: int = VECTOR) -> int:
     """Rows that the CTA handles at a time: a thread's rows are this far apart."""
-    return THREADS // lanes_per_row(head_dim)
+    return THREADS // lanes_per_row(head_dim, vector)
 
 
 def vector_at(row: cute.Tensor, column: Int32, length: int = VECTOR) -> cute.Tensor:
