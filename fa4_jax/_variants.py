@@ -142,7 +142,8 @@ SIGNATURES: Mapping[Kernel, Signature] = {
     Kernel.backward_preprocess: Signature(
         (_OUT, _DOUT, _LSE, Buffer("dlse", "BNT", DType.f32)), (_DPSUM, _LSE_LOG2, _DQ_ACCUM)
     ),
-    # dk and dv complete; dq_accum += dS k, still without softmax_scale.
+    # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
+    # order that the row's `Split` says.
     Kernel.backward: Signature(
         (_Q, _K, _V, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM),
         (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
@@ -151,6 +152,20 @@ SIGNATURES: Mapping[Kernel, Signature] = {
     # dq = softmax_scale * dq_accum, without the padding.
     Kernel.backward_postprocess: Signature((_DQ_ACCUM,), (Buffer("dq", "BTND"),), (_SCALE,)),
 }
+
+
+class Split(enum.StrEnum):
+    """What the consumer warpgroups of a kernel divide among themselves."""
+
+    rows = enum.auto()
+    """The rows of the result that they hold: queries of a forward, keys of a backward."""
+    products = enum.auto()
+    """A backward's products, where dk and dv of half the keys don't fit one's registers.
+
+    Such a backward leaves dq_accum's columns as an MMA's accumulator has them: of 16, position
+    4 t + 2 h + c (t < 4; h, c < 2) holds column 8 h + 2 t + c. Its postprocess, whose row says
+    `products` too, puts them in order.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +182,8 @@ class Tiles:
     """Consumer warpgroups; one more loads."""
     scores_ahead: bool = False
     """Backward: issue the next query tile's scores before this tile's dq and dk."""
+    split: Split = Split.rows
+    """What the consumer warpgroups divide; chooses the class that compiles the row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,21 +237,36 @@ def round_up(value: int, multiple: int) -> int:
 def grid(
     kernel: Kernel,
     arch: Arch,
-    tiles: Mapping[int, Tiles],
+    tiles: Mapping[int | tuple[int, int], Tiles],
     dtypes: Iterable[DType] = (DType.bf16, DType.f16),
 ) -> Iterator[Variant]:
-    """Rows for every dtype and head dim of `tiles` (head dim -> tiles)."""
+    """Rows for every dtype and head dim of `tiles`: of q and v alike, or a pair (q, v)."""
     for dtype in dtypes:
-        for head_dim, tile in tiles.items():
+        for head_dims, tile in tiles.items():
+            pair = (head_dims, head_dims) if isinstance(head_dims, int) else head_dims
             yield Variant(
                 kernel=kernel,
                 arch=arch,
                 dtype=dtype,
-                head_dim=head_dim,
-                head_dim_v=head_dim,
+                head_dim=pair[0],
+                head_dim_v=pair[1],
                 tiles=tile,
             )
 
+
+def _by_products(tile_n: int) -> Tiles:
+    """A backward whose warpgroups divide the products."""
+    return Tiles(tile_m=64, tile_n=tile_n, stages=2, mma_warpgroups=2, split=Split.products)
+
+
+_BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
+    64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2, scores_ahead=True),
+    128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
+    96: _by_products(128),
+    (192, 128): _by_products(64),
+    192: _by_products(64),
+    256: _by_products(64),
+}
 
 VARIANTS: tuple[Variant, ...] = (
     *grid(
@@ -245,16 +277,17 @@ VARIANTS: tuple[Variant, ...] = (
             128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
         },
     ),
-    *grid(Kernel.backward_preprocess, Arch.sm90a, {64: Tiles(tile_m=128), 128: Tiles(tile_m=128)}),
     *grid(
-        Kernel.backward,
+        Kernel.backward_preprocess,
         Arch.sm90a,
-        {
-            64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2, scores_ahead=True),
-            128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
-        },
+        {dims: Tiles(tile_m=128) for dims in _BACKWARD_SM90},
     ),
-    *grid(Kernel.backward_postprocess, Arch.sm90a, {64: Tiles(tile_m=128), 128: Tiles(tile_m=128)}),
+    *grid(Kernel.backward, Arch.sm90a, _BACKWARD_SM90),
+    *grid(
+        Kernel.backward_postprocess,
+        Arch.sm90a,
+        {dims: Tiles(tile_m=128, split=tiles.split) for dims, tiles in _BACKWARD_SM90.items()},
+    ),
 )
 
 

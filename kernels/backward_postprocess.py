@@ -6,10 +6,17 @@ Bound by memory: it reads dq_accum once and writes dq once.
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 
-from fa4_jax._variants import Variant
-from kernels.common.row_tiles import THREADS, VECTOR, row_tile, rows_per_pass, vector_at
+from fa4_jax._variants import Split, Variant
+from kernels.common.row_tiles import (
+    THREADS,
+    VECTOR,
+    columns_per_pass,
+    row_tile,
+    rows_per_pass,
+    vector_at,
+)
 
 
 class BackwardPostprocess:
@@ -18,6 +25,10 @@ class BackwardPostprocess:
 
     def __init__(self, variant: Variant):
         self.head_dim, self.tile_m = variant.head_dim, variant.tiles.tile_m
+        # Columns that a lane handles at a time, and (shape, stride) of their places in dq_accum.
+        self.vector, self.places = VECTOR, ((VECTOR,), (1,))
+        if variant.tiles.split is Split.products:
+            self.vector, self.places = 16, ((2, 4, 2), (1, 4, 2))
 
     @cute.jit
     def __call__(
@@ -37,17 +48,30 @@ class BackwardPostprocess:
     @cute.kernel
     def kernel(self, dq_accum: cute.Tensor, dq: cute.Tensor, softmax_scale: Float32):
         _, heads, padded_rows, _ = dq_accum.shape
-        tile = row_tile(padded_rows, heads, self.head_dim, self.tile_m)
-        for offset in cutlass.range_constexpr(0, self.tile_m, rows_per_pass(self.head_dim)):
+        tile = row_tile(padded_rows, heads, self.head_dim, self.tile_m, self.vector)
+        step = rows_per_pass(self.head_dim, self.vector)
+        for offset in cutlass.range_constexpr(0, self.tile_m, step):
             row = tile.first_row + offset
             if row < dq.shape[1]:
                 accumulator = dq_accum[tile.batch, tile.head, row, None]
-                values = cute.make_rmem_tensor(VECTOR, Float32)
-                for half in cutlass.range_constexpr(0, VECTOR, 4):
-                    piece = cute.make_tensor(values.iterator + half, cute.make_layout(4))
-                    cute.autovec_copy(vector_at(accumulator, tile.column + half, 4), piece)
-                rounded = cute.make_rmem_tensor(VECTOR, dq.element_type)
-                rounded.store((values.load() * softmax_scale).to(dq.element_type))
-                cute.autovec_copy(
-                    rounded, vector_at(dq[tile.batch, row, tile.head, None], tile.column)
-                )
+                target = dq[tile.batch, row, tile.head, None]
+                self.scale(accumulator, target, tile.column, softmax_scale)
+
+    @cute.jit
+    def scale(
+        self, accumulator: cute.Tensor, dq: cute.Tensor, column: Int32, softmax_scale: Float32
+    ):
+        """This lane's part of a row: dq = softmax_scale * accumulator."""
+        step = columns_per_pass(self.head_dim, self.vector)
+        for start in cutlass.range_constexpr(0, self.head_dim, step):
+            values = cute.make_rmem_tensor(self.vector, Float32)
+            for i in cutlass.range_constexpr(0, self.vector, 4):
+                piece = cute.make_tensor(values.iterator + i, cute.make_layout(4))
+                cute.autovec_copy(vector_at(accumulator, column + (start + i), 4), piece)
+            shape, stride = self.places
+            ordered = cute.make_tensor(values.iterator, cute.make_layout(shape, stride=stride))
+            rounded = cute.make_rmem_tensor(shape, dq.element_type)
+            rounded.store((ordered.load() * softmax_scale).to(dq.element_type))
+            for i in cutlass.range_constexpr(0, self.vector, VECTOR):
+                piece = cute.make_tensor(rounded.iterator + i, cute.make_layout(VECTOR))
+                cute.autovec_copy(piece, vector_at(dq, column + (start + i)))

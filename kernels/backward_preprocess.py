@@ -13,12 +13,13 @@ Bound by memory: it reads out and dout once and writes dq_accum once.
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, Int32, cute
 
 from fa4_jax._variants import Variant
 from kernels.common.row_tiles import (
     THREADS,
     VECTOR,
+    columns_per_pass,
     lanes_per_row,
     row_tile,
     rows_per_pass,
@@ -71,9 +72,9 @@ class BackwardPreprocess:
             row = tile.first_row + offset
             product = Float32(0.0)
             if row < out.shape[1]:
-                a = vector_at(out[tile.batch, row, tile.head, None], tile.column)
-                b = vector_at(dout[tile.batch, row, tile.head, None], tile.column)
-                product = self.dot(a, b)
+                a = out[tile.batch, row, tile.head, None]
+                b = dout[tile.batch, row, tile.head, None]
+                product = self.dot(a, b, tile.column)
             product = cute.arch.warp_reduction(
                 product, lambda x, y: x + y, threads_in_group=lanes_per_row(self.head_dim_v)
             )
@@ -91,15 +92,20 @@ class BackwardPreprocess:
         zeros.fill(0.0)
         for offset in cutlass.range_constexpr(0, self.tile_m, rows_per_pass(self.head_dim)):
             accumulator = dq_accum[tile.batch, tile.head, tile.first_row + offset, None]
-            for half in cutlass.range_constexpr(0, VECTOR, 4):
-                cute.autovec_copy(zeros, vector_at(accumulator, tile.column + half, 4))
+            for start in cutlass.range_constexpr(0, self.head_dim, columns_per_pass(self.head_dim)):
+                for half in cutlass.range_constexpr(0, VECTOR, 4):
+                    piece = vector_at(accumulator, tile.column + (start + half), 4)
+                    cute.autovec_copy(zeros, piece)
 
     @cute.jit
-    def dot(self, a: cute.Tensor, b: cute.Tensor) -> Float32:
-        """fp32 inner product of two 16-byte vectors in global memory."""
-        x = cute.make_rmem_tensor(VECTOR, a.element_type)
-        y = cute.make_rmem_tensor(VECTOR, b.element_type)
-        cute.autovec_copy(a, x)
-        cute.autovec_copy(b, y)
-        products = x.load().to(Float32) * y.load().to(Float32)
-        return products.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
+    def dot(self, a: cute.Tensor, b: cute.Tensor, column: Int32) -> Float32:
+        """This lane's part of the fp32 inner product of two rows in global memory."""
+        product = Float32(0.0)
+        for start in cutlass.range_constexpr(0, self.head_dim_v, columns_per_pass(self.head_dim_v)):
+            x = cute.make_rmem_tensor(VECTOR, a.element_type)
+            y = cute.make_rmem_tensor(VECTOR, b.element_type)
+            cute.autovec_copy(vector_at(a, column + start), x)
+            cute.autovec_copy(vector_at(b, column + start), y)
+            products = x.load().to(Float32) * y.load().to(Float32)
+            product = products.reduce(cute.ReductionOp.ADD, product, 0)
+        return product

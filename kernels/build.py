@@ -34,17 +34,25 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 
-from fa4_jax._variants import VARIANTS, Arch, Kernel, Variant
+from fa4_jax._variants import VARIANTS, Arch, Kernel, Split, Variant
 from kernels import signatures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# Which class compiles which kernel for which architecture.
+# Which class compiles which kernel for which architecture and division of work.
 KERNELS = {
-    (Kernel.forward, Arch.sm90a): "kernels.forward_sm90:ForwardSm90",
-    (Kernel.backward, Arch.sm90a): "kernels.backward_sm90:BackwardSm90",
-    (Kernel.backward_preprocess, Arch.sm90a): "kernels.backward_preprocess:BackwardPreprocess",
-    (Kernel.backward_postprocess, Arch.sm90a): "kernels.backward_postprocess:BackwardPostprocess",
+    (Kernel.forward, Arch.sm90a, Split.rows): "kernels.forward_sm90:ForwardSm90",
+    (Kernel.backward, Arch.sm90a, Split.rows): "kernels.backward_sm90:BackwardSm90",
+    (Kernel.backward, Arch.sm90a, Split.products): "kernels.backward_wide_sm90:BackwardWideSm90",
+    (Kernel.backward_preprocess, Arch.sm90a, Split.rows): (
+        "kernels.backward_preprocess:BackwardPreprocess"
+    ),
+    **{
+        (Kernel.backward_postprocess, Arch.sm90a, split): (
+            "kernels.backward_postprocess:BackwardPostprocess"
+        )
+        for split in Split
+    },
 }
 
 # The DSL's default host target is the build machine's own CPU: with AVX-512 there, the library dies
@@ -65,11 +73,15 @@ class Report:
     cubin_sha256: str
     ptx_sha256: str
     spills: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    """What ptxas calls potential performance losses. One of them makes every WGMMA wait for the one
+    before, for want of registers, and leaves neither a spill nor another sign."""
 
     def __str__(self) -> str:
         return (
             f"{self.name} {self.seconds:.1f} s, {self.registers} registers, "
             f"{self.spill_bytes or 'no'} {'bytes of ' if self.spill_bytes else ''}spills"
+            f"{''.join(f', {loss}' for loss in self.losses)}"
         )
 
 
@@ -117,9 +129,12 @@ def row_key(variant: Variant, options: str = HOST_TARGET) -> str:
 def entry_point(variant: Variant) -> str:
     """`module:Class` of the row's kernel."""
     try:
-        return KERNELS[variant.kernel, variant.arch]
+        return KERNELS[variant.kernel, variant.arch, variant.tiles.split]
     except KeyError:
-        raise KeyError(f"no class is registered for {variant.kernel} on {variant.arch}") from None
+        raise KeyError(
+            f"no class is registered for {variant.kernel} on {variant.arch} with warpgroups that "
+            f"divide {variant.tiles.split}"
+        ) from None
 
 
 def compile_row(variant: Variant, key: str, out: pathlib.Path, keep: bool) -> Report | Failure:
@@ -196,11 +211,15 @@ def _ptxas_facts(remarks: str) -> dict[str, object]:
         r"Name:\s+RemarkPerfRegisterSpill\nDebugLoc:\s+\{ File: .*?([\w.]+\.py)'?\"?, Line: (\d+)",
         remarks,
     )
+    losses = re.findall(
+        r"Potential Performance Loss: (.*?)(?: (?:for|in) (?:the )?function.*)?$", remarks, re.M
+    )
     return {
         "registers": largest(r"Used (\d+) registers"),
         "spill_bytes": largest(r"(\d+) bytes spill stores") + largest(r"(\d+) bytes spill loads"),
         "shared_memory": largest(r"Shared memory allocated: (\d+) bytes"),
         "spills": tuple(dict.fromkeys(f"{file}:{line}" for file, line in spills)),
+        "losses": tuple(dict.fromkeys(losses)),
     }
 
 
@@ -292,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--keep", action="store_true", help="keep PTX and cubin beside the object")
     parser.add_argument(
-        "--report", action="store_true", help="shared memory, spilling lines, hashes"
+        "--report", action="store_true", help="shared memory, spills, losses, hashes"
     )
     parser.add_argument("--digest", action="store_true", help="print the sha256 of each row's PTX")
     parser.add_argument("--list", action="store_true", help="print the rows' names and stop")
@@ -327,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{report.name}: {report.registers} registers, {report.spill_bytes} bytes spilled"
                 f"{' at ' + ', '.join(report.spills) if report.spills else ''}, "
                 f"{report.shared_memory} bytes of shared memory, cubin {report.cubin_sha256}"
+                f"{''.join(f'; {loss}' for loss in report.losses)}"
             )
         if report and options.digest:
             print(f"{report.ptx_sha256}  {report.name}")

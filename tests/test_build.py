@@ -13,6 +13,7 @@ import pytest
 
 from fa4_jax import _ffi
 from fa4_jax._variants import VARIANTS, Kernel
+from kernels import build as kernels_build
 from kernels import signatures
 
 ROOT = fake_library.ROOT
@@ -101,6 +102,22 @@ def test_report_names_registers_and_shared_memory(built):
     text = build(built, "--keep", "--report").stdout
     assert re.search(
         rf"{ROW.name}: [1-9]\d* registers, 0 bytes spilled, \d+ bytes of shared memory", text
+    )
+
+
+def test_report_says_that_ptxas_serialised_the_products():
+    """Lines as ptxas wrote them into the remarks of a row that had too few registers."""
+    remarks = """
+  - Remark:      'ptxas output: ptxas info    : (C7517) wgmma.wait_group is injected in around line 3748 by compiler to allow use of registers defined by GMMA in function ''fa4_row_0''
+ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register resources for the function ''fa4_row_0''
+ptxas info    : Function properties for fa4_row_0
+ptxas         .     0 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 168 registers, used 5 barriers
+"""  # noqa: E501
+    facts = kernels_build._ptxas_facts(remarks)
+    assert (facts["registers"], facts["spill_bytes"]) == (168, 24)
+    assert facts["losses"] == (
+        "wgmma.mma_async instructions are serialized due to insufficient register resources",
     )
 
 

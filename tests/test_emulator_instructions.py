@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import pytest
 from emulator import instruction_set
-from emulator.errors import UnsupportedInstruction
+from emulator.errors import Misaligned, UnsupportedInstruction
 from emulator.harness import run_body
 
 U32, U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
@@ -500,6 +500,41 @@ def test_float_reduction_in_memory() -> None:
     body = "mov.b32 %r1, 0f3F000000; red.global.add.f32 [%in0], %r1;"
     run_body(body, (total,), np.zeros(32, np.uint64))
     assert total[0] == 17.0
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_vector_reduction_in_memory(width: int) -> None:
+    """red.add.vN.f32: half of the lanes share an address with another, one is inactive."""
+    total = np.full(16 * width, 2.0, np.float32)
+    vector = ", ".join(f"%r{i + 1}" for i in range(width))
+    body = (
+        "".join(f"mov.b32 %r{i + 1}, {bits(i + 0.5)};" for i in range(width))
+        + f"""
+    and.b32 %r9, %tid, 15; mul.wide.u32 %d1, %r9, {4 * width}; add.s64 %d1, %in0, %d1;
+    setp.ne.u32 %p1, %tid, 3;
+    @%p1 red.relaxed.gpu.global.add.v{width}.f32 [%d1 + 0], {{ {vector} }};"""
+    )
+    run_body(body, (total,), np.zeros(32, np.uint64))
+    expected = 2 + 2 * np.tile(np.arange(width) + 0.5, (16, 1))
+    expected[3] -= np.arange(width) + 0.5
+    np.testing.assert_array_equal(total.reshape(16, width), expected)
+
+
+def test_vector_reduction_flushes_subnormals() -> None:
+    total = np.array([1e-39, 0.0], np.float32)
+    body = f"mov.b32 %r1, 0; mov.b32 %r2, {bits(1e-39)}; setp.eq.u32 %p1, %tid, 0;"
+    body += "@%p1 red.global.add.v2.f32 [%in0], {%r1, %r2};"
+    run_body(body, (total,), np.zeros(32, np.uint64))
+    assert (total == 0).all()
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_vector_reduction_is_aligned(width: int) -> None:
+    total = np.zeros(32 * width + 1, np.float32)
+    vector = ", ".join(["%r1"] * width)
+    body = f"mov.b32 %r1, 0; red.global.add.v{width}.f32 [%in0 + 4], {{ {vector} }};"
+    with pytest.raises(Misaligned):
+        run_body(body, (total,), np.zeros(32, np.uint64))
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])

@@ -25,7 +25,7 @@ from fa4_jax._variants import (
 )
 
 # Written down, so that a row lost or doubled by an edit of the table is seen.
-NUM_ROWS = 16
+NUM_ROWS = 40
 
 BACKWARD = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
 
@@ -66,6 +66,19 @@ def test_every_backward_is_whole() -> None:
     assert by_kernel[Kernel.backward] <= by_kernel[Kernel.forward]
     for kernel in BACKWARD:
         assert by_kernel[kernel] == by_kernel[Kernel.backward], kernel
+
+
+def test_a_postprocess_reads_what_its_backward_left() -> None:
+    """The order of dq_accum's columns."""
+    split = {
+        kernel: {
+            (v.arch, v.dtype, v.head_dim, v.head_dim_v): v.tiles.split
+            for v in VARIANTS
+            if v.kernel is kernel
+        }
+        for kernel in (Kernel.backward, Kernel.backward_postprocess)
+    }
+    assert split[Kernel.backward] == split[Kernel.backward_postprocess]
 
 
 def test_every_architecture_builds_what_another_does() -> None:

@@ -4,11 +4,11 @@
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warp
 
 from kernels.common.mask import accumulator_coordinates
-from kernels.common.mma_sm90 import to_16_bit
+from kernels.common.mma_sm90 import LANES_PER_ROW, to_16_bit
 
 
 def tma_atom(op, array: cute.Tensor, layout: cute.ComposedLayout, tile: tuple[int, int]):
@@ -93,3 +93,33 @@ def tma_store(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
         cute.copy(atom, smem, gmem)
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+def reduction_address(gmem: cute.Tensor, thread: Int32) -> Int64:
+    """Where in a (64, N) fp32 tile `add_to_gmem` puts this thread's first element, as bytes."""
+    warp, lane = thread // 32, thread % 32
+    place = (16 * warp + lane // LANES_PER_ROW, 4 * (lane % LANES_PER_ROW))
+    return cute.domain_offset(place, gmem).iterator.toint()
+
+
+@cute.jit
+def add_to_gmem(
+    acc: cute.Tensor, address: Int64, column: cutlass.Constexpr, row_stride: cutlass.Constexpr
+):
+    """Add one warpgroup's m64nN accumulator to an fp32 tile in global memory from `column` on, by
+    vector reductions, in `Split.products`'s order of columns.
+
+    `address` is the tile's `reduction_address`, rows are 16-byte aligned and N % 16 == 0. In that
+    order four consecutive elements are one lane's and the four lanes of a row add 64 consecutive
+    bytes. In the natural one, lanes would first have to exchange: two shuffles per vector, each as
+    much of shared memory's data path as the operands of a quarter of an MMA.
+    """
+    values = cute.make_tensor(acc.iterator, cute.make_layout((2, 2, cute.size(acc) // 4)))
+    for v in cutlass.range_constexpr(0, cute.size(values, mode=[2]), 2):
+        for r in cutlass.range_constexpr(2):
+            offset = 4 * (8 * r * row_stride + 8 * v + column)
+            cute.arch.inline_ptx(
+                f"red.relaxed.gpu.global.add.v4.f32 [{{$r0}} + {offset}], "
+                "{ {$r1}, {$r2}, {$r3}, {$r4} };",
+                read_only_args=[address, *(values[c, r, v + h] for h in (0, 1) for c in (0, 1))],
+            )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Elementwise kernels over rows: which thread handles which 16-byte piece of which row.
 
-A tile is `tile_m` rows of one (batch, head). A row is split over `head_dim / VECTOR` neighbouring
-lanes, one 16-byte vector of a 16-bit type each, so a warp reads whole 128-byte lines.
+A tile is `tile_m` rows of one (batch, head). A row is split over neighbouring lanes, as 16-byte
+vectors of a 16-bit type: one each where that makes a power of two of lanes, else (96, 192) three
+each, a third of the row apart. No lane idles, and a row is read in pieces of 64 bytes at least.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ VECTOR = 8
 
 
 class RowTile(NamedTuple):
-    """This thread's place: lane's column, first row, and the (batch, head) of the CTA."""
+    """This thread's place: lane's first column, first row, and the (batch, head) of the CTA."""
 
     first_row: Int32
     column: Int32
@@ -22,30 +23,39 @@ class RowTile(NamedTuple):
     batch: Int32
 
 
-def lanes_per_row(head_dim: int) -> int:
-    """Lanes that share a row; a power of two, so that a shuffle can reduce over them."""
-    lanes = head_dim // VECTOR
-    assert lanes * VECTOR == head_dim and lanes & (lanes - 1) == 0 and lanes <= 32
+def lanes_per_row(head_dim: int, vector: int = VECTOR) -> int:
+    """Lanes that share a row: the largest power of two of them that divides its vectors, so that a
+    shuffle can reduce over them."""
+    vectors = head_dim // vector
+    lanes = vectors & -vectors
+    assert vectors * vector == head_dim and lanes <= 32
     return lanes
 
 
-def row_tile(padded_rows: Int32, heads: Int32, head_dim: int, tile_m: int) -> RowTile:
+def columns_per_pass(head_dim: int, vector: int = VECTOR) -> int:
+    """Columns that a row's lanes handle at a time: a lane's vectors are this far apart."""
+    return lanes_per_row(head_dim, vector) * vector
+
+
+def row_tile(
+    padded_rows: Int32, heads: Int32, head_dim: int, tile_m: int, vector: int = VECTOR
+) -> RowTile:
     """Decode block and thread index; the grid is batch * heads * padded_rows / tile_m blocks."""
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     tiles = padded_rows // tile_m
-    lanes = lanes_per_row(head_dim)
+    lanes = lanes_per_row(head_dim, vector)
     return RowTile(
         first_row=block % tiles * tile_m + thread // lanes,
-        column=thread % lanes * VECTOR,
+        column=thread % lanes * vector,
         head=block // tiles % heads,
         batch=block // (tiles * heads),
     )
 
 
-def rows_per_pass(head_dim: int) -> int:
+def rows_per_pass(head_dim: int, vector: int = VECTOR) -> int:
     """Rows that the CTA handles at a time: a thread's rows are this far apart."""
-    return THREADS // lanes_per_row(head_dim)
+    return THREADS // lanes_per_row(head_dim, vector)
 
 
 def vector_at(row: cute.Tensor, column: Int32, length: int = VECTOR) -> cute.Tensor:

@@ -298,6 +298,33 @@ def atomic_global(
     return old
 
 
+@instruction(
+    "red{.relaxed|.release}{.cta|.cluster|.gpu|.sys}.global.add(count=.v2|.v4).f32",
+    unit=Unit.memory,
+)
+def vector_reduction(e: Emitter, op: Instruction, m: Modifiers) -> None:
+    """red.add of 2 or 4 consecutive float32s (PTX ISA 8.1, red, `.vec_32_bit`): each element is
+    added atomically, the vector is not; its address is a multiple of its size."""
+    place, source = op.operands
+    values = ", ".join(e.lanes(x, "f32") for x in items(source))
+    assert len(items(source)) == int(m["count"][1:])
+    e.emit(f"reduce_global(warp, {e.address(place)}, ({values},), {e.active})")
+
+
+@runtime
+def reduce_global(
+    warp: Warp, address: Array, values: tuple[Array, ...], active: Array | None
+) -> None:
+    """Adds of the active lanes; subnormal inputs and sums are flushed (PTX ISA, red)."""
+    addresses = np.broadcast_to(address, LANES)
+    if active is not None:
+        if not active.any():
+            return
+        addresses, values = addresses[active], tuple(value[active] for value in values)
+    warp.counts["global bytes reduced"] += 4 * len(values) * len(addresses)
+    warp.cluster.launch.memory.add(addresses, values)
+
+
 # stmatrix, ldmatrix -------------------------------------------------------------------------------
 
 

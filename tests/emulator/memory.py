@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .alu import LANES, Array, f32, i64, u8, u16, u32, u64
+from .alu import LANES, Array, f32, flush, i64, u8, u16, u32, u64
 from .errors import Misaligned, OutOfBounds, RaceError
 
 _LOWEST = 4096  # an array can't start at address 0
@@ -113,6 +113,20 @@ class GlobalMemory:
         self.note(addresses, len(values) * np.dtype(dtype).itemsize, "write")
         for item, value in enumerate(values):
             _PROCESS[dtype][index + u64(item)] = value
+
+    def add(self, addresses: Array, values: Sequence[Array]) -> None:
+        """Add float32 elements to memory, lane after lane where several hit one address."""
+        index = self._element_index(addresses, len(values), f32)
+        self.note(addresses, len(values) * CELL, "reduce")
+        for item, value in enumerate(values):
+            where, added = index + u64(item), flush(value)
+            if len(np.unique(where)) == len(where):
+                old = _PROCESS[u32][where].view(f32)
+                _PROCESS[u32][where] = flush(flush(old) + added).view(u32)
+                continue
+            for place, number in zip(where, added, strict=True):
+                old = _PROCESS[u32][place : place + u64(1)].view(f32)
+                old[...] = flush(flush(old) + number)
 
     def _element_index(self, addresses: Array, count: int, dtype: type) -> Array:
         size = np.dtype(dtype).itemsize

@@ -36,6 +36,7 @@ BYTES = (
     "bulk bytes loaded",
     "global bytes read",
     "global bytes written",
+    "global bytes reduced",
 )
 
 

@@ -1,0 +1,592 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention backward for Hopper, head dims whose dk and dv fill one warpgroup's registers each.
+
+Same algorithm and results as `backward_sm90`. There a warpgroup computes all five products for its
+half of the keys and holds its half of dk and dv; from 192 columns on, that is more than 240
+registers a thread. Here the warpgroups divide the products: one makes p and dv, the other dS and
+dk, for all keys of the tile, and each half of dq's columns.
+
+    warps   role            registers
+    0       load            24
+    1-3     idle            24
+    4-7     probabilities   240       p  = exp2(scale_log2 k q^T - lse_log2)     dv += p dout
+    8-11    score gradient  240       dS = p (v dout^T - dpsum)                  dk += dS q
+                            both      dq_accum += dS^T k, half of the columns each
+
+    load --[k, v]--> both                        one stage, loaded once
+    load --[q, lse_log2]--> both                 `stages` deep
+    load --[dout, dpsum]--> both                 `stages` deep
+    probabilities --[p, fp32]--> score gradient  one stage, named barrier P_FULL
+    score gradient --[dS]--> both                one stage, named barrier DS_FULL
+
+Scores are transposed (keys by queries), so p and dS are the register operands of dv and dk, and an
+operand of 64 keys or queries is read by one MMA and not by two of half its size. p goes to the
+other warpgroup in fp32, thread to thread; dS as a tile, for dq. The exponentials of one warpgroup
+run beside the products of the other.
+
+dq goes from registers to global memory by vector reductions: through shared memory and TMA it
+would cost 128 KiB of shared-memory traffic per tile at d=256, half of what all products read, and a
+tile that isn't left. The two edges need no empty barriers: before P_FULL of the next tile both
+warpgroups have finished this tile's dq, and before DS_FULL of this tile p has been read.
+
+Each warpgroup issues its scores of the next tile before it adds its dq of this one, and the
+probability side has fewer of dq's columns: its exponentials then run while the score-gradient
+side's dk and scores keep the tensor cores busy. At d=256 a tile of 64 by 64 is 2,560 cycles of
+these, of which the probability side issues 1,152, and about 2,750 cycles of shared memory.
+"""
+
+import functools
+from typing import NamedTuple
+
+import cuda.bindings.driver as cuda
+import cutlass
+from cutlass import Float32, Int32, Int64, const_expr, cute, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.memory import SmemAllocator
+from cutlass.tensor_utils import LayoutEnum
+from cutlass.utils import hopper_helpers as sm90
+
+from fa4_jax._variants import Variant
+from kernels.common.copy_sm90 import (
+    accumulator_to_smem,
+    add_to_gmem,
+    reduction_address,
+    store_matrix,
+    tma_atom,
+    tma_store,
+)
+from kernels.common.dtypes import element_type
+from kernels.common.key_tile import (
+    KeyTile,
+    Operands,
+    Statistics,
+    column_statistic,
+    key_tile,
+    load_operands,
+    mask_transposed,
+    probabilities,
+)
+from kernels.common.mask import accumulator_coordinates
+from kernels.common.mma_sm90 import (
+    as_a_operand,
+    issue_gemm,
+    make_accumulator,
+    rows_and_columns,
+    to_16_bit,
+)
+from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.softmax import LOG2_E
+
+# Named barriers; 0 is sync_threads. STORE + i belongs to warpgroup i.
+P_FULL, DS_FULL, STORE = 1, 2, 3
+BOTH = 2 * WARPGROUP
+TILE_M = 64  # queries per tile: the rows of one MMA of dq
+
+
+class Stores(NamedTuple):
+    """TMA atoms and coordinate tensors (rows, dim, head, batch) of the results."""
+
+    dk: cute.CopyAtom
+    g_dk: cute.Tensor
+    dv: cute.CopyAtom
+    g_dv: cute.Tensor
+
+
+class Layouts(NamedTuple):
+    """Shared-memory layouts, stages last. `*_t` are the same bytes seen as the transposed
+    operand."""
+
+    q: cute.ComposedLayout
+    q_t: cute.ComposedLayout
+    dout: cute.ComposedLayout
+    dout_t: cute.ComposedLayout
+    k: cute.ComposedLayout
+    k_t: cute.ComposedLayout
+    v: cute.ComposedLayout
+    ds: cute.ComposedLayout
+    ds_t: cute.ComposedLayout
+
+
+class Smem(NamedTuple):
+    """Shared-memory tiles, stages last."""
+
+    operands: Operands
+    q_t: cute.Tensor
+    dout_t: cute.Tensor
+    k_t: cute.Tensor
+    ds: cute.Tensor
+    ds_t: cute.Tensor
+    p: cute.Tensor  # (4, column pair, block of 64 keys, thread) of the accumulator
+    rows: Statistics  # (tile_m, stages)
+
+
+class Mma(NamedTuple):
+    """scores: k q^T and v dout^T; dk, dv: register operand times q, dout; dq: dS^T k, by parts of
+    its columns."""
+
+    scores: cute.TiledMma
+    dk: cute.TiledMma
+    dv: cute.TiledMma
+    dq: tuple[cute.TiledMma, ...]
+
+
+class BackwardWideSm90:
+    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.backward]`."""
+
+    def __init__(self, variant: Variant):
+        self.dtype = element_type(variant.dtype)
+        self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
+        self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
+        self.stages = variant.tiles.stages
+        self.registers = register_split(variant.tiles.mma_warpgroups)
+        # (first column, columns) of dq's products: the probability side's one, then the
+        # score-gradient side's, as many columns as its registers hold beside dk and dS. A product
+        # must not start inside a swizzle atom of k, 64 columns, or 32 at d=96.
+        widths = {96: (64, 32), 192: (64, 128), 256: (64, 64, 64, 64)}[self.head_dim]
+        self.dq_parts = tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
+        assert sum(widths) == self.head_dim
+        self.width = variant.static_dims["E"]
+        assert self.tile_m == TILE_M and self.tile_n % 64 == 0
+        assert variant.tiles.mma_warpgroups == 2, "the products are divided into two"
+
+    @cute.jit
+    def __call__(  # noqa: PLR0913 - the C ABI is flat
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        dout: cute.Tensor,
+        lse_log2: cute.Tensor,
+        dpsum: cute.Tensor,
+        dq_accum: cute.Tensor,
+        dk: cute.Tensor,
+        dv: cute.Tensor,
+        softmax_scale: Float32,
+        band_lower: Int32,
+        band_upper: Int32,
+        stream: cuda.CUstream,
+    ):
+        # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
+        q, k, v, dout, dk, dv = (
+            cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
+            for t in (q, k, v, dout, dk, dv)
+        )
+        dq = cute.make_tensor(dq_accum.iterator, cute.select(dq_accum.layout, mode=[2, 3, 1, 0]))
+        layouts = self.layouts()
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        loads = [
+            tma_atom(load, array, layout, (rows, dim))
+            for array, layout, rows, dim in (
+                (q, layouts.q, self.tile_m, self.head_dim),
+                (k, layouts.k, self.tile_n, self.head_dim),
+                (v, layouts.v, self.tile_n, self.head_dim_v),
+                (dout, layouts.dout, self.tile_m, self.head_dim_v),
+            )
+        ]
+        atoms, coordinates = (Operands(*part) for part in zip(*loads, strict=True))
+        stores = Stores(
+            *tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
+            *tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
+        )
+        stages = self.stages
+
+        def room(layout: cute.ComposedLayout):
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
+
+        @cute.struct
+        class Storage:
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
+            dout_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
+            dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
+            q: room(layouts.q)
+            dout: room(layouts.dout)
+            k: room(layouts.k)
+            v: room(layouts.v)
+            ds: room(layouts.ds)
+            p: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_n * self.tile_m], 128]
+
+        self.storage = Storage
+        n_blocks = cute.ceil_div(k.shape[0], self.tile_n)
+        self.kernel(
+            atoms,
+            coordinates,
+            stores,
+            self.mma(),
+            layouts,
+            Statistics(lse_log2, dpsum),
+            dq,
+            (softmax_scale, band_lower, band_upper),
+        ).launch(
+            grid=(n_blocks * k.shape[2] * k.shape[3], 1, 1),
+            block=(3 * WARPGROUP, 1, 1),
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+    def layouts(self) -> Layouts:
+        """Every operand is loaded once and read in both majors: `cute-dsl` layouts of the same
+        bytes."""
+        row_major, col_major = LayoutEnum.ROW_MAJOR, LayoutEnum.COL_MAJOR
+        m, n, d, dv = self.tile_m, self.tile_n, self.head_dim, self.head_dim_v
+        a, b = sm90.make_smem_layout_a, sm90.make_smem_layout_b
+        return Layouts(
+            q=b(row_major, (n, m, d), self.dtype, self.stages),
+            q_t=b(col_major, (n, d, m), self.dtype, self.stages),
+            dout=b(row_major, (n, m, dv), self.dtype, self.stages),
+            dout_t=b(col_major, (n, dv, m), self.dtype, self.stages),
+            k=a(row_major, (n, m, d), self.dtype, 1),
+            k_t=b(col_major, (m, d, n), self.dtype, 1),
+            v=a(row_major, (n, m, dv), self.dtype, 1),
+            ds=a(row_major, (n, d, m), self.dtype, 1),
+            ds_t=a(col_major, (m, d, n), self.dtype, 1),
+        )
+
+    def mma(self) -> Mma:
+        """The five products (`Mma`), each by one warpgroup."""
+        k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
+        make = functools.partial(sm90.make_trivial_tiled_mma, self.dtype, self.dtype)
+        one, registers = (1, 1, 1), warpgroup.OperandSource.RMEM
+        return Mma(
+            scores=make(k_major, k_major, Float32, one, (64, self.tile_m)),
+            dk=make(k_major, mn_major, Float32, one, (64, self.head_dim), registers),
+            dv=make(k_major, mn_major, Float32, one, (64, self.head_dim_v), registers),
+            dq=tuple(
+                make(mn_major, mn_major, Float32, one, (64, width)) for _, width in self.dq_parts
+            ),
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        atoms: Operands,
+        coordinates: Operands,
+        stores: Stores,
+        mma: Mma,
+        layouts: Layouts,
+        statistics: Statistics,
+        dq: cute.Tensor,
+        scalars: tuple[Float32, Int32, Int32],
+    ):
+        thread, _, _ = cute.arch.thread_idx()
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = SmemAllocator().allocate(self.storage)
+        smem = self.shared_memory(storage, layouts)
+        row_bytes = 4 * self.tile_m
+        pipes = tuple(
+            load_tile_pipeline(barriers, layout, self.dtype, BOTH // 32, extra)
+            for barriers, layout, extra in (
+                (storage.q_barriers, layouts.q, row_bytes),
+                (storage.k_barriers, layouts.k, 0),
+                (storage.v_barriers, layouts.v, 0),
+                (storage.dout_barriers, layouts.dout, row_bytes),
+            )
+        )
+        producers, consumers = (Operands(*side) for side in zip(*pipes, strict=True))
+        pipeline.pipeline_init_arrive()
+        pipeline.pipeline_init_wait()
+
+        tile_mn = (self.tile_m, self.tile_n)
+        tile = key_tile(coordinates.q, coordinates.k, tile_mn, *scalars)
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(self.registers.load)
+            if warp_idx == 0:
+                rows = (statistics, smem.rows)
+                load_operands(atoms, coordinates, smem.operands, producers, rows, tile)
+        elif warp_idx < 8:
+            cute.arch.setmaxregister_increase(self.registers.consume)
+            self.probability_side(thread % WARPGROUP, mma, smem, consumers, tile, dq, stores)
+        else:
+            cute.arch.setmaxregister_increase(self.registers.consume)
+            self.gradient_side(thread % WARPGROUP, mma, smem, consumers, tile, dq, stores)
+
+    def shared_memory(self, storage, layouts: Layouts) -> Smem:
+        """The tiles and their transposed views."""
+
+        def tile(field, layout: cute.ComposedLayout) -> cute.Tensor:
+            return field.get_tensor(layout.outer, swizzle=layout.inner)
+
+        def view(s: cute.Tensor, layout: cute.ComposedLayout) -> cute.Tensor:
+            return cute.make_tensor(
+                cute.recast_ptr(s.iterator, layout.inner, self.dtype), layout.outer
+            )
+
+        q, dout = tile(storage.q, layouts.q), tile(storage.dout, layouts.dout)
+        k, ds = tile(storage.k, layouts.k), tile(storage.ds, layouts.ds)
+        pairs, blocks = self.tile_m // 8, self.tile_n // 64
+        # 16 bytes of a thread beside those of the next: no bank conflicts.
+        p = cute.make_layout(
+            (4, pairs, blocks, WARPGROUP),
+            stride=(1, 4 * WARPGROUP, 4 * WARPGROUP * pairs, 4),
+        )
+        rows = cute.make_layout((self.tile_m, self.stages))
+        return Smem(
+            operands=Operands(q=q, k=k, v=tile(storage.v, layouts.v), dout=dout),
+            q_t=view(q, layouts.q_t),
+            dout_t=view(dout, layouts.dout_t),
+            k_t=view(k, layouts.k_t),
+            ds=ds,
+            ds_t=view(ds, layouts.ds_t),
+            p=storage.p.get_tensor(p),
+            rows=Statistics(storage.lse_log2.get_tensor(rows), storage.dpsum.get_tensor(rows)),
+        )
+
+    def as_quads(self, acc: cute.Tensor) -> cute.Tensor:
+        """View a scores accumulator as (4, column pair, block of 64 keys): two columns of two rows
+        are consecutive registers."""
+        return cute.make_tensor(
+            acc.iterator, cute.make_layout((4, self.tile_m // 8, self.tile_n // 64))
+        )
+
+    @cute.jit
+    def probability_side(
+        self,
+        thread: Int32,
+        mma: Mma,
+        smem: Smem,
+        consumers: Operands,
+        tile: KeyTile,
+        dq_accum: cute.Tensor,
+        stores: Stores,
+    ):
+        """p, dv and the first part of dq for every visited query tile; then dv."""
+        q_consumer, k_consumer, _, dout_consumer = consumers
+        scores_thread = mma.scores.get_slice(thread)
+        s_k, s_q = smem.operands.k, smem.operands.q
+        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(s_k))[None, None, None, 0]
+        f_q = mma.scores.make_fragment_B(scores_thread.partition_B(s_q))
+        f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(thread).partition_B(smem.dout_t))
+        f_dq = [self.dq_operands(thread, mma, smem, 0)]
+        tile_nm = (self.tile_n, self.tile_m)
+        coords = accumulator_coordinates(mma.scores, thread, tile_nm)
+        scores = make_accumulator(mma.scores, tile_nm)
+        dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
+        dv.fill(0.0)
+        s_lse = column_statistic(smem.rows.lse_log2, scores_thread, self.tile_n)
+        s_p = smem.p[None, None, None, thread]
+        scale_log2 = tile.softmax_scale * LOG2_E
+        blocks = tile.blocks
+
+        if blocks.end > blocks.begin:
+            k_consumer.wait()
+            q_slot = q_consumer.wait_and_advance()
+            issue_gemm(mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True)
+            m = blocks.begin
+            g_dq, wrap = self.dq_addresses(dq_accum, tile, thread)
+            for count, last in self.visits(tile):
+                for _ in cutlass.range(count, unroll=1):
+                    lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
+                    warpgroup.wait_group(0)
+                    if blocks.needs_mask(m):
+                        tile_mn = (self.tile_m, self.tile_n)
+                        mask_transposed(rows_and_columns(scores), coords, m, tile, tile_mn)
+                    probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                    q_slot.release()
+                    self.store_quads(self.as_quads(scores), s_p)
+                    cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=BOTH)
+                    p = to_16_bit(scores, self.dtype)
+                    dout_slot = dout_consumer.wait_and_advance()
+                    f_b = f_dout_t[None, None, None, dout_slot.index]
+                    issue_gemm(mma.dv, dv, as_a_operand(p), f_b, zero=False)
+                    cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+                    dq = self.issue_dq(mma, f_dq, 0)
+                    # dv first: the scores would not fit beside p. They follow dq without a gap.
+                    warpgroup.wait_group(1)
+                    dout_slot.release()
+                    if const_expr(not last):
+                        q_slot = q_consumer.wait_and_advance()
+                        f_b = f_q[None, None, None, q_slot.index]
+                        issue_gemm(mma.scores, scores, f_k, f_b, zero=True)
+                    warpgroup.wait_group(const_expr(int(not last)))
+                    self.add_dq(dq, g_dq, 0)
+                    m, g_dq = self.next_visit(tile, m, g_dq, wrap)
+
+        g_dv = stores.g_dv[None, None, tile.kv_head, tile.batch]
+        g_dv = cute.local_tile(g_dv, (self.tile_n, self.head_dim_v), (tile.n_block, 0))
+        self.epilogue(thread, 0, dv, mma.dv, smem.operands.v, (stores.dv, g_dv))
+
+    @cute.jit
+    def gradient_side(
+        self,
+        thread: Int32,
+        mma: Mma,
+        smem: Smem,
+        consumers: Operands,
+        tile: KeyTile,
+        dq_accum: cute.Tensor,
+        stores: Stores,
+    ):
+        """dS, dk and the other parts of dq for every visited query tile; then dk."""
+        q_consumer, k_consumer, v_consumer, dout_consumer = consumers
+        scores_thread = mma.scores.get_slice(thread)
+        s_v, s_dout = smem.operands.v, smem.operands.dout
+        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(s_v))[None, None, None, 0]
+        f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(s_dout))
+        f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(thread).partition_B(smem.q_t))
+        parts = len(self.dq_parts)
+        f_dq = [self.dq_operands(thread, mma, smem, part) for part in range(parts)]
+        dp = make_accumulator(mma.scores, (self.tile_n, self.tile_m))
+        dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
+        dk.fill(0.0)
+        ds_copy = store_matrix(self.dtype, mma.scores)
+        s_ds = ds_copy.get_slice(thread).partition_D(smem.ds[None, None, 0])
+        s_dpsum = column_statistic(smem.rows.dpsum, scores_thread, self.tile_n)
+        s_p = smem.p[None, None, None, thread]
+        blocks = tile.blocks
+
+        if blocks.end > blocks.begin:
+            v_consumer.wait()
+            dout_slot = dout_consumer.wait_and_advance()
+            issue_gemm(mma.scores, dp, f_v, f_dout[None, None, None, dout_slot.index], zero=True)
+            k_consumer.wait()
+            m = blocks.begin
+            g_dq, wrap = self.dq_addresses(dq_accum, tile, thread)
+            for count, last in self.visits(tile):
+                for _ in cutlass.range(count, unroll=1):
+                    dpsum = self.statistic(s_dpsum[None, None, dout_slot.index])
+                    warpgroup.wait_group(0)
+                    self.centre(self.as_quads(dp), dpsum)
+                    dout_slot.release()
+                    cute.arch.barrier(barrier_id=P_FULL, number_of_threads=BOTH)
+                    self.times_p(self.as_quads(dp), s_p)
+                    ds = to_16_bit(dp, self.dtype)
+                    cute.copy(ds_copy, ds_copy.retile(ds), s_ds)
+                    cute.arch.fence_view_async_shared()
+                    cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+                    dq = self.issue_dq(mma, f_dq, 1)
+                    q_slot = q_consumer.wait_and_advance()
+                    f_b = f_q_t[None, None, None, q_slot.index]
+                    issue_gemm(mma.dk, dk, as_a_operand(ds), f_b, zero=False)
+                    warpgroup.wait_group(1)
+                    for part in cutlass.range_constexpr(2, parts):
+                        if const_expr(part == 2):
+                            self.add_dq(dq, g_dq, part - 1)
+                            dq = self.issue_dq(mma, f_dq, part)
+                            warpgroup.wait_group(1)  # dk
+                            q_slot.release()
+                        else:
+                            following = self.issue_dq(mma, f_dq, part)
+                            warpgroup.wait_group(1)
+                            self.add_dq(dq, g_dq, part - 1)
+                            dq = following
+                    if const_expr(not last):
+                        dout_slot = dout_consumer.wait_and_advance()
+                        f_b = f_dout[None, None, None, dout_slot.index]
+                        issue_gemm(mma.scores, dp, f_v, f_b, zero=True)
+                    ahead = const_expr(int(not last))
+                    if const_expr(parts > 2):
+                        warpgroup.wait_group(ahead)
+                    self.add_dq(dq, g_dq, parts - 1)
+                    if const_expr(parts == 2):
+                        warpgroup.wait_group(ahead)  # dk
+                        q_slot.release()
+                    m, g_dq = self.next_visit(tile, m, g_dq, wrap)
+
+        dk.store(dk.load() * tile.softmax_scale)
+        g_dk = stores.g_dk[None, None, tile.kv_head, tile.batch]
+        g_dk = cute.local_tile(g_dk, (self.tile_n, self.head_dim), (tile.n_block, 0))
+        self.epilogue(thread, 1, dk, mma.dk, smem.operands.k, (stores.dk, g_dk))
+
+    def visits(self, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
+        """(query tiles, whether it is the last one): a loop each, as the last one issues nothing
+        ahead, and a branch around that would make ptxas wait for what is in flight."""
+        total = tile.group * (tile.blocks.end - tile.blocks.begin)
+        return ((total - 1, False), (Int32(1), True))
+
+    @cute.jit
+    def next_visit(self, tile: KeyTile, m: Int32, g_dq: Int64, wrap: Int64) -> tuple[Int32, Int64]:
+        """The query tile after m, and where its dq is: of the same head, or of the next's first."""
+        last = m + 1 == tile.blocks.end
+        g_dq = g_dq + 4 * self.tile_m * self.width
+        return (tile.blocks.begin if last else m + 1, g_dq + wrap if last else g_dq)
+
+    def dq_operands(self, thread: Int32, mma: Mma, smem: Smem, part: int):
+        """dS^T and the columns of k of this part of dq."""
+        first, width = self.dq_parts[part]
+        mine = mma.dq[part].get_slice(thread)
+        k_t = cute.domain_offset((first, 0), smem.k_t[None, None, 0])
+        k_t = cute.local_tile(k_t, (width, self.tile_n), (0, 0))
+        return (
+            mma.dq[part].make_fragment_A(mine.partition_A(smem.ds_t[None, None, 0])),
+            mma.dq[part].make_fragment_B(mine.partition_B(k_t)),
+        )
+
+    def issue_dq(self, mma: Mma, operands: list, part: int) -> cute.Tensor:
+        """The accumulator of this part of dq, in flight."""
+        dq = make_accumulator(mma.dq[part], (self.tile_m, self.dq_parts[part][1]))
+        issue_gemm(mma.dq[part], dq, *operands[part], zero=True)
+        return dq
+
+    def dq_addresses(
+        self, dq_accum: cute.Tensor, tile: KeyTile, thread: Int32
+    ) -> tuple[Int64, Int64]:
+        """This thread's place in the accumulator of the first visited query tile, and what leads
+        from behind the last tile of a head to the first of the next. One address that moves: its
+        parts would take registers that d=256 hasn't."""
+        blocks = tile.blocks
+        g_dq = dq_accum[None, None, tile.kv_head * tile.group, tile.batch]
+        tile_bytes = 4 * self.tile_m * self.width
+        address = reduction_address(g_dq, thread) + Int64(blocks.begin) * tile_bytes
+        visited = Int64(blocks.end - blocks.begin) * tile_bytes
+        return address, 4 * dq_accum.stride[2] - visited
+
+    def add_dq(self, dq: cute.Tensor, address: Int64, part: int):
+        """Add this part of dq to the accumulator."""
+        add_to_gmem(dq, address, self.dq_parts[part][0], self.width)
+
+    @cute.jit
+    def statistic(self, smem: cute.Tensor) -> cute.Tensor:
+        """A register copy of this thread's (2, column pairs) of a row statistic, so that its reads
+        overlap the product that is in flight."""
+        pairs = cute.size(smem, mode=[1])
+        statistic = cute.make_rmem_tensor((2, pairs), Float32)
+        for pair in cutlass.range_constexpr(pairs):
+            cute.autovec_copy(smem[None, pair], statistic[None, pair])
+        return statistic
+
+    @cute.jit
+    def store_quads(self, p: cute.Tensor, s_p: cute.Tensor):
+        """Hand p to the thread of the other warpgroup that holds the same elements of dS."""
+        for block in cutlass.range_constexpr(cute.size(p, mode=[2])):
+            for pair in cutlass.range_constexpr(cute.size(p, mode=[1])):
+                cute.autovec_copy(p[None, pair, block], s_p[None, pair, block])
+
+    @cute.jit
+    def centre(self, dp: cute.Tensor, dpsum: cute.Tensor):
+        """dp <- dp - dpsum, as `as_quads`."""
+        for block in cutlass.range_constexpr(cute.size(dp, mode=[2])):
+            for pair in cutlass.range_constexpr(cute.size(dp, mode=[1])):
+                for i in cutlass.range_constexpr(4):
+                    dp[i, pair, block] = dp[i, pair, block] - dpsum[i % 2, pair]
+
+    @cute.jit
+    def times_p(self, dp: cute.Tensor, s_p: cute.Tensor):
+        """dp <- p * dp, the gradient of the scaled scores, as `as_quads`."""
+        for block in cutlass.range_constexpr(cute.size(dp, mode=[2])):
+            for pair in cutlass.range_constexpr(cute.size(dp, mode=[1])):
+                p = cute.make_rmem_tensor(4, Float32)
+                cute.autovec_copy(s_p[None, pair, block], p)
+                for i in cutlass.range_constexpr(4):
+                    dp[i, pair, block] = p[i] * dp[i, pair, block]
+
+    @cute.jit
+    def epilogue(
+        self,
+        thread: Int32,
+        side: cutlass.Constexpr,
+        gradient: cute.Tensor,
+        tiled_mma: cute.TiledMma,
+        smem: cute.Tensor,
+        store: tuple[cute.CopyAtom, cute.Tensor],
+    ):
+        """dk or dv -> 16 bit -> the shared memory of k or v -> TMA store, which clips keys past
+        seqlen_k."""
+        # The other side has read k for dq, or v.
+        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+        accumulator_to_smem(gradient, tiled_mma, thread, smem[None, None, 0])
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=STORE + side, number_of_threads=WARPGROUP)
+        if cute.arch.make_warp_uniform(thread // 32) == 0:
+            tma_store(store[0], smem[None, None, 0], store[1])
