@@ -117,7 +117,7 @@ def test_signatures(kernel: Kernel, signature: Signature) -> None:
     # Batching folds a mapped axis into the leading dimension of every buffer.
     assert all(buffer.dims.startswith("B") for buffer in signature.buffers)
     assert all(set(buffer.dims) <= set("BTSNKDVRE") for buffer in signature.buffers)
-    assert all(scalar.kind in ("f32", "i32") for scalar in signature.scalars)
+    assert all(scalar.kind in ("f32", "i32", "sms") for scalar in signature.scalars)
     assert str(kernel) in target_name(kernel)
 
 
