@@ -282,7 +282,11 @@ VARIANTS: tuple[Variant, ...] = (
         Arch.sm90a,
         {
             64: Tiles(tile_m=192, tile_n=128, stages=2, mma_warpgroups=3),
+            96: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
             128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+            (192, 128): Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+            192: Tiles(tile_m=128, tile_n=112, stages=2, mma_warpgroups=2),
+            256: Tiles(tile_m=128, tile_n=80, stages=2, mma_warpgroups=2),
         },
     ),
     *grid(
