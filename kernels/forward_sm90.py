@@ -49,6 +49,7 @@ from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
     make_accumulator,
+    round_into,
     rows_and_columns,
     to_16_bit,
 )
@@ -402,7 +403,7 @@ class ForwardSm90:
                         warpgroup.wait_group(0)
                         v_slot.release()
                         rescale(acc_rows, softmax.decay)
-                        probabilities.store(scores.load().to(self.dtype))
+                        round_into(probabilities, scores)
 
                 if const_expr(self.own_out):
                     q_slot.release()

@@ -81,12 +81,20 @@ def as_a_operand(acc: cute.Tensor) -> cute.Tensor:
 
 @cute.jit
 def to_16_bit(acc: cute.Tensor, dtype: cutlass.Constexpr) -> cute.Tensor:
-    """A register copy of an accumulator, rounded to `dtype`.
+    """A register copy of an accumulator, rounded to `dtype`."""
+    rounded = cute.make_rmem_tensor(acc.layout, dtype)
+    round_into(rounded, acc)
+    return rounded
+
+
+@cute.jit
+def round_into(rounded: cute.Tensor, acc: cute.Tensor):
+    """Write an accumulator into registers of its layout and a 16-bit type.
 
     The accumulator's neighbours in memory are neighbours in a row, so pairs pack into one register.
+    `rounded.store(acc.load().to(dtype))` keeps halves where their number is no power of two, and
+    packs them between the fence and the MMA that reads them.
     """
-    rounded = cute.make_rmem_tensor(acc.layout, dtype)
     packed = cute.recast_tensor(rounded, Int32)
     for i in cutlass.range_constexpr(cute.size(packed)):
-        packed[i] = round_pair(acc[2 * i], acc[2 * i + 1], dtype)
-    return rounded
+        packed[i] = round_pair(acc[2 * i], acc[2 * i + 1], rounded.element_type)
