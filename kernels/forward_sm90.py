@@ -51,6 +51,7 @@ from kernels.common.mma_sm90 import (
     make_accumulator,
     round_into,
     rows_and_columns,
+    stage,
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
@@ -345,7 +346,10 @@ class ForwardSm90:
         """Scores, softmax and out of this warpgroup's 64 rows of every tile."""
         q_consumer, k_consumer, v_consumer = consumers
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
-        scores_thread, out_thread = mma.scores.get_slice(thread), mma.out.get_slice(thread)
+        # Descriptors are the warpgroup's: from its first thread, which is uniform.
+        first_thread = group * WARPGROUP
+        scores_thread = mma.scores.get_slice(first_thread)
+        out_thread = mma.out.get_slice(first_thread)
         f_q = mma.scores.make_fragment_A(scores_thread.partition_A(smem.q))[None, None, None, 0]
         f_k = mma.scores.make_fragment_B(scores_thread.partition_B(smem.k))
         f_v = mma.out.make_fragment_B(out_thread.partition_B(smem.v))
@@ -368,7 +372,7 @@ class ForwardSm90:
                 scores = make_accumulator(mma.scores, tile_mn)
                 k_slot = k_consumer.wait_and_advance()
                 self.wait_turn(group)
-                issue_gemm(mma.scores, scores, f_q, f_k[None, None, None, k_slot.index], zero=True)
+                issue_gemm(mma.scores, scores, f_q, stage(f_k, k_slot), zero=True)
                 self.pass_turn(group)
                 warpgroup.wait_group(0)
                 k_slot.release()
@@ -382,15 +386,13 @@ class ForwardSm90:
                         scores = make_accumulator(mma.scores, tile_mn)
                         k_slot = k_consumer.wait_and_advance()
                         self.wait_turn(group)
-                        issue_gemm(
-                            mma.scores, scores, f_q, f_k[None, None, None, k_slot.index], zero=True
-                        )
+                        issue_gemm(mma.scores, scores, f_q, stage(f_k, k_slot), zero=True)
                         v_slot = v_consumer.wait_and_advance()
                         issue_gemm(
                             mma.out,
                             acc,
                             as_a_operand(probabilities),
-                            f_v[None, None, None, v_slot.index],
+                            stage(f_v, v_slot),
                             zero=False,
                         )
                         self.pass_turn(group)
@@ -412,7 +414,7 @@ class ForwardSm90:
                     mma.out,
                     acc,
                     as_a_operand(probabilities),
-                    f_v[None, None, None, v_slot.index],
+                    stage(f_v, v_slot),
                     zero=False,
                 )
                 warpgroup.wait_group(0)
