@@ -112,15 +112,15 @@ def _sequences(
         cu_k = cu_q if limits.cu_seqlens_k is None else _monotone(limits.cu_seqlens_k, seqlen_k)
         # The last sequence that starts at or before a row: the one that isn't empty.
         sequence = jnp.searchsorted(cu_q, row, side="right").astype(jnp.int32) - 1
-        packed = (sequence >= 0) & (row < cu_q[-1])
 
         def bounds(cu: Array) -> tuple[Array, Array]:
-            first = jnp.take(cu, sequence, mode="clip")
-            return first, jnp.take(cu, sequence + 1, mode="clip") - first
+            # For a row before the first sequence or after the last, both are the same end.
+            first, last = (jnp.take(cu, sequence + i, mode="clip") for i in (0, 1))
+            return first, last - first
 
         (first_q, len_q), (first_k, len_k) = bounds(cu_q), bounds(cu_k)
         start, end = _band(row - first_q, len_q, len_k, window, bottom_right)
-        return (first_k + start)[None], (first_k + jnp.where(packed, end, 0))[None]
+        return (first_k + start)[None], (first_k + end)[None]
     len_q, len_k = jnp.int32(seqlen_q), jnp.int32(seqlen_k)
     if limits.query_seq_lengths is not None:
         len_q = jnp.minimum(limits.query_seq_lengths, seqlen_q)[:, None]
