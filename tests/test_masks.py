@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -776,6 +777,38 @@ def test_explicit_sharding(axis: str) -> None:
         jax.tree.leaves(jax.device_get(results)), jax.tree.leaves(expected), strict=True
     ):
         assert_close(x, y, tolerance=1e-5)
+
+
+def test_a_sharded_batch_needs_no_collective() -> None:
+    rng = np.random.default_rng(25)
+    arguments = (*operands(rng), everything(rng), tuple(cotangents(rng)))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    placed = jax.tree.map(
+        lambda x: jax.device_put(x, jax.NamedSharding(mesh, batch_spec(x))), arguments
+    )
+
+    def step(q, k, v, keywords, given):
+        results, vjp = jax.vjp(lambda *x: reference(*x, **bottom_right, **keywords), q, k, v)
+        return results, vjp(given)
+
+    text = jax.jit(step).lower(*placed).compile().as_text()
+    assert "f32[1,37,4,8]" in text
+    assert not re.search(r"(all|collective|reduce)-\w+\(", text)
+
+
+def test_export_with_a_symbolic_batch() -> None:
+    rng = np.random.default_rng(26)
+    arguments = (*operands(rng), everything(rng))
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (batch, *x.shape[1:]) if batch_spec(x) else x.shape, x.dtype
+        ),
+        arguments,
+    )
+    exported = jax.export.export(jax.jit(jax.grad(loss)))(*shapes)
+    got = jax.export.deserialize(exported.serialize()).call(*arguments)
+    assert_close(got, jax.grad(loss)(*arguments))
 
 
 def test_rank_3_takes_arrays_without_batch() -> None:
