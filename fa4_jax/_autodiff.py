@@ -35,6 +35,7 @@ def attention(
 
     `use_kernels` binds the primitives, which take no extras; otherwise the reference runs.
     """
+    assert not use_kernels or all(x is None for x in extras), "the primitives would drop them"
     return _attention(spec, use_kernels, *match_varying((q, k, v, extras)))
 
 

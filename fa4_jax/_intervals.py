@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fa4_jax._spec import BOTTOM_RIGHT, TOP_LEFT, AttentionSpec
-from fa4_jax._varying import match_varying
 
 BROKEN = -1
 
@@ -79,7 +78,6 @@ def resolve(
 def _interval(
     limits: Limits, lengths: tuple[int, int], window: tuple, bottom_right: bool
 ) -> tuple[Array, Array]:
-    limits = match_varying(limits)
     seqlen_q, seqlen_k = lengths
     start, end = _sequences(limits, lengths, window, bottom_right)
     if limits.kv_start is not None:
@@ -104,23 +102,23 @@ def _sequences(
 ) -> tuple[Array, Array]:
     """[start, end) of what `cu_seqlens` or lengths, and a band of each sequence, leave visible."""
     seqlen_q, seqlen_k = lengths
-    row = jnp.arange(seqlen_q, dtype=jnp.int32)
+    row = jnp.arange(seqlen_q, dtype=jnp.int32)[None]
     # No side of a window reaches further than this, and sums stay within int32.
     window = tuple(None if side is None else min(side, max(lengths)) for side in window)
     if limits.cu_seqlens_q is not None:
         cu_q = _monotone(limits.cu_seqlens_q, seqlen_q)
         cu_k = cu_q if limits.cu_seqlens_k is None else _monotone(limits.cu_seqlens_k, seqlen_k)
         # The last sequence that starts at or before a row: the one that isn't empty.
-        sequence = jnp.searchsorted(cu_q, row, side="right").astype(jnp.int32) - 1
+        sequence = _count(jnp.less_equal, cu_q, row) - 1
 
         def bounds(cu: Array) -> tuple[Array, Array]:
             # For a row before the first sequence or after the last, both are the same end.
-            first, last = (jnp.take(cu, sequence + i, mode="clip") for i in (0, 1))
+            first, last = (_take(cu, sequence + i) for i in (0, 1))
             return first, last - first
 
         (first_q, len_q), (first_k, len_k) = bounds(cu_q), bounds(cu_k)
         start, end = _band(row - first_q, len_q, len_k, window, bottom_right)
-        return (first_k + start)[None], (first_k + end)[None]
+        return first_k + start, first_k + end
     len_q, len_k = jnp.int32(seqlen_q), jnp.int32(seqlen_k)
     if limits.query_seq_lengths is not None:
         len_q = jnp.minimum(limits.query_seq_lengths, seqlen_q)[:, None]
@@ -143,8 +141,9 @@ def _band(
 
 
 def _monotone(cu_seqlens: Array, total: int) -> Array:
-    """Any integers as offsets of sequences: within [0, total], and none before its predecessor."""
-    return lax.cummax(jnp.minimum(cu_seqlens, total))
+    """[1, M + 1]: any integers as offsets of sequences, <= total and none before its
+    predecessor."""
+    return lax.cummax(jnp.minimum(cu_seqlens, total))[None]
 
 
 def _segments(q_ids: Array, kv_ids: Array) -> tuple[Array, Array, Array]:
@@ -161,17 +160,17 @@ def _segments(q_ids: Array, kv_ids: Array) -> tuple[Array, Array, Array]:
     return first, last, last - first == high - low
 
 
-def _count(compare: Callable[[Array, Array], Array], ids: Array, than: Array) -> Array:
-    """How many of sorted `ids` [B, S] are less (or equal) than each of `than` [B, T].
+def _count(compare: Callable[[Array, Array], Array], x: Array, than: Array) -> Array:
+    """How many of `x` [B, S], in order, are less (or equal) than each of `than` [B, T].
 
     A binary search, as `jnp.searchsorted`, which refuses a batch that is sharded over an explicit
     mesh (JAX 0.10).
     """
-    seqlen_k = ids.shape[1]
+    size = x.shape[1]
     count = jnp.zeros_like(than, jnp.int32)
-    for bit in reversed(range(seqlen_k.bit_length())):
+    for bit in reversed(range(size.bit_length())):
         more = count + (1 << bit)
-        count = jnp.where((more <= seqlen_k) & compare(_take(ids, more - 1), than), more, count)
+        count = jnp.where((more <= size) & compare(_take(x, more - 1), than), more, count)
     return count
 
 

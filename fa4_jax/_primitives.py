@@ -3,10 +3,10 @@
 
 Each has one static parameter, the `AttentionSpec`. Lowered for CUDA, `forward` is one FFI call and
 `backward` three, with every workspace an extra result that XLA allocates; shapes, dtypes,
-attributes and aliases all come from `_variants.SIGNATURES`. Head dims that no row has are padded
-with zeros to the next row's there. Lowered for anything else they are the
-reference, so that one traced program runs anywhere and exports for several platforms. Nothing here
-asks which GPU a program will run on: C++ chooses the architecture when it runs.
+attributes and aliases all come from `_variants.SIGNATURES`, and head dims that no row has are
+padded with zeros to the next row's. Lowered for anything else they are the reference, so that one
+traced program runs anywhere and exports for several platforms. Nothing here asks which GPU a
+program will run on: C++ chooses the architecture when it runs.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The online softmax of FlashAttention (Dao et al. 2022, algorithm 1) and its reco
 are float32 (float64 for float64 inputs); probabilities and dS enter their matrix products in the
 input dtype, as in the kernels. Memory beyond operands and results is O(B N 512 (512 + D)), whatever
 T and S are, and K/V are never repeated for grouped query heads. Blocks outside the band aren't
-visited.
+visited; in a batch of 1, neither are blocks outside the intervals.
 
 It takes more than the kernels do: any floating dtype, any head dims, a softcap, and `Extras`.
 A row that sees no key has out 0, lse -inf (its sink, if there are sinks) and no gradient. T, S or
@@ -279,6 +279,11 @@ class _Blocks(NamedTuple):
     def num_rows(self) -> int:
         return self.q.shape[3] // self.tile_m
 
+    @property
+    def _has_one_entry(self) -> bool:
+        batch = self.q.shape[0]
+        return type(batch) is int and batch == 1
+
     def matmul(self, equation: str, x: Array, y: Array) -> Array:
         return jnp.einsum(equation, x, y, preferred_element_type=self.acc_dtype)
 
@@ -292,13 +297,27 @@ class _Blocks(NamedTuple):
         return lax.dynamic_update_slice_in_dim(x, self.columns(x, j) + update, j * self.tile_n, 2)
 
     def column_range(self, i: Array) -> tuple[Array, Array]:
-        """Blocks of columns [first, last) that some row of block `i` sees through the band."""
+        """Blocks of columns [first, last) around all that some row of block `i` sees.
+
+        Through the band, and through the interval of an only batch entry, which packed sequences
+        have. The bounds of several entries would meet in a collective where a mesh splits the
+        batch.
+        """
         lower, upper = self.spec.band(self.seqlen_q, self.seqlen_k)
         first_row = i * self.tile_m
         num_columns = self.k.shape[2] // self.tile_n
         first = (first_row + lower) // self.tile_n
         last = (first_row + self.tile_m - 1 + upper) // self.tile_n + 1
-        return jnp.clip(first, 0, num_columns), jnp.clip(last, 0, num_columns)
+        first, last = jnp.clip(first, 0, num_columns), jnp.clip(last, 0, num_columns)
+        if self.kv_start is not None and self.kv_end is not None and self._has_one_entry:
+            start, end = (self.interval_rows(x, i) for x in (self.kv_start, self.kv_end))
+            empty, broken = start == end, start == BROKEN
+            # The NaN of a broken row has to meet every key.
+            start = jnp.where(broken, 0, jnp.where(empty, self.seqlen_k, start)).min()
+            end = jnp.where(broken, self.seqlen_k, jnp.where(empty, 0, end)).max()
+            first = jnp.maximum(first, start // self.tile_n)
+            last = jnp.minimum(last, (end + self.tile_n - 1) // self.tile_n)
+        return first, last
 
     def logits(self, q_i: Array, i: Array, j: Array) -> tuple[Array, Array | float]:
         """Masked logits [B, K, G, tile_m, tile_n] and their derivative with respect to what is

@@ -274,10 +274,29 @@ def test_a_scattered_segment_is_nan_where_it_is_seen_and_nowhere_else(seed: int)
         np.testing.assert_array_equal(np.isnan(x), np.isnan(y))
         finite = np.isfinite(y)
         np.testing.assert_allclose(np.asarray(x)[finite], y[finite], 0, 1e-5)
-    dq, dk, dv = vjp(tuple(cotangents(rng)))
-    assert np.all(np.isnan(np.asarray(dq)[broken])) and np.all(np.isfinite(np.asarray(dq)[~broken]))
-    for gradient in (dk, dv):
-        assert np.isnan(np.asarray(gradient)[broken.any(1)]).any()
+    given = cotangents(rng)
+    alone = [
+        jax.vjp(
+            lambda *x, b=b: reference(*x, **{n: a[b : b + 1] for n, a in mask.items()}),
+            *(x[b : b + 1] for x in (q, k, v)),
+        )[1](tuple(x[b : b + 1] for x in given))
+        for b in range(B)
+    ]
+    for dq, dk, dv in (vjp(tuple(given)), map(jnp.concatenate, zip(*alone, strict=True))):
+        assert np.array_equal(np.isnan(dq).all((2, 3)), broken)
+        assert np.array_equal(np.isnan(dq).any((2, 3)), broken)
+        for gradient in (dk, dv):
+            assert np.isnan(gradient[broken.any(1)]).any()
+
+
+def test_gradients_of_nothing_but_scattered_rows_are_nan() -> None:
+    rng = np.random.default_rng(28)
+    q, k, v = (x[:1] for x in operands(rng))
+    ids = {"q_segment_ids": np.zeros((1, T), int), "kv_segment_ids": np.zeros((1, S), int)}
+    ids["kv_segment_ids"][0, 20] = 1
+    results, vjp = jax.vjp(lambda *x: reference(*x, **ids), q, k, v)
+    for x in (*results, *vjp(tuple(x[:1] for x in cotangents(rng)))):
+        assert np.all(np.isnan(x))
 
 
 def _is_scattered(ids: np.ndarray, one: int) -> bool:
@@ -518,6 +537,25 @@ def test_a_thousand_short_sequences() -> None:
         assert_close(lse[:, rows], expected[1][0])
 
 
+def test_packed_sequences_visit_their_own_blocks_only() -> None:
+    """Seen by NaN in all other blocks (of 16), which would come back from any that is visited."""
+    rng = np.random.default_rng(27)
+    q, k, v = arrays(rng, (64, N, 8), (96, K, 8), (96, K, 8))
+    cu_seqlens_q, cu_seqlens_k = np.array([0, 16, 32, 32, 64]), np.array([0, 32, 32, 48, 80])
+    for m, rows in enumerate(map(slice, cu_seqlens_q[:-1], cu_seqlens_q[1:])):
+        others = np.ones(96, bool)
+        others[cu_seqlens_k[m] : cu_seqlens_k[m + 1]] = False
+
+        def attention(q, k, v, others=others):
+            k, v = (jnp.where(others[:, None, None], jnp.nan, x) for x in (k, v))
+            return packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+
+        (out, _), vjp = jax.vjp(attention, q, k, v)
+        dout = jnp.zeros_like(out).at[rows].set(1.0)
+        dq = vjp((dout, jnp.zeros((N, 64))))[0]
+        assert np.all(np.isfinite(out[rows])) and np.all(np.isfinite(dq[rows]))
+
+
 @pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
 def test_a_row_that_sees_no_key_has_its_sink_for_its_lse(sinks: np.ndarray | None) -> None:
     rng = np.random.default_rng(11)
@@ -753,6 +791,27 @@ def test_shard_map(check_vma: bool) -> None:
     results, expected = with_gradients(sharded), with_gradients(whole)
     for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
         assert_close(x, y, tolerance=1e-5)
+
+
+def test_shard_map_with_some_arrays_replicated() -> None:
+    """Ids and bounds of different types meet, in sorts and searches too."""
+    rng = np.random.default_rng(29)
+    q, k, v = operands(rng)
+    mask = {n: x for n, x in everything(rng).items() if n != "sinks"}
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    for replicated in mask:
+        one = {n: x[:1] if n == replicated else x for n, x in mask.items()}
+        specs = {n: P() if n == replicated else P("x") for n in mask}
+        sharded = jax.shard_map(
+            lambda q, k, v, mask: reference(q, k, v, **bottom_right, **mask),
+            mesh=mesh,
+            in_specs=(P("x"), P("x"), P("x"), specs),
+            out_specs=P("x"),
+        )
+        twice = mask | {replicated: jnp.concatenate([mask[replicated][:1]] * 2)}
+        expected = reference(q, k, v, **bottom_right, **twice)
+        for x, y in zip(jax.jit(sharded)(q, k, v, one), expected, strict=True):
+            assert_close(x, y, replicated)
 
 
 @pytest.mark.parametrize("axis", ["batch", "heads"])
