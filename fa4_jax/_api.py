@@ -176,8 +176,10 @@ def flash_attention(  # noqa: PLR0913 - the public options of attention; they ar
         of its queries are NaN where they aren't, and so are gradients. `causal` and `window_size`
         count positions in the whole row, as in TPU flash and splash attention. Reference only.
       kv_segment_ids: integers [B, S] (or [S]), q_segment_ids' dtype; both or neither.
-      query_seq_lengths: integers [B]: queries at and beyond a length see no key. Reference only.
-      key_value_seq_lengths: integers [B]: keys at and beyond a length aren't seen. Reference only.
+      query_seq_lengths: integers [B] (or [1]): queries at and beyond a length see no key. Reference
+        only.
+      key_value_seq_lengths: integers [B] (or [1]): keys at and beyond a length aren't seen.
+        Reference only.
       kv_start: integers [B, T] (or [T]): query i sees no key before kv_start[b, i]. Reference only.
       kv_end: integers [B, T] (or [T]): query i sees no key from kv_end[b, i] on. Reference only.
         Prefix-LM, causal after prefix[b] keys that every query sees: leave `causal` out and give
