@@ -404,7 +404,7 @@ def test_is_supported_on_a_gpu() -> None:
         for name in ("kv_end", "q_segment_ids", "kv_segment_ids", "sinks")
     )
     assert is_supported(*operands(head_dim=40)).ok
-    assert "head_dim 136" in is_supported(*operands(head_dim=136)).reasons[0]
+    assert "head_dim 264" in is_supported(*operands(head_dim=264)).reasons[0]
     assert is_supported(*(x[0] for x in (q, k, v))).ok
 
 
@@ -426,8 +426,10 @@ def test_explain_on_a_gpu() -> None:
     refusal = explain(q, k, v, softcap=3.0, implementation="fa4")
     assert refusal.startswith("raises NotImplementedError: softcap")
     assert explain(q, k, v, sinks=q[0, 0, :, 0]) == "reference: sinks isn't in the kernels yet"
-    assert explain(*operands(head_dim=72)).startswith(
-        "fa4: forward_bf16_d128 (head_dim 72 zero-padded to 128); gradient: backward_preprocess"
+    assert explain(*operands(head_dim=40)) == (
+        "fa4: forward_bf16_d64 (head_dim 40 zero-padded to 64); gradient: "
+        "backward_preprocess_bf16_d64, backward_bf16_d64, backward_postprocess_bf16_d64 "
+        "(head_dim 40 zero-padded to 64)"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,11 @@ _PLAYERS = {
 }
 
 
+def use_rows(monkeypatch: pytest.MonkeyPatch, rows: Callable[[Kernel], tuple]) -> None:
+    """A table with these head dims for each kernel."""
+    monkeypatch.setattr(_variants, "built_head_dims", lambda kernel, dtype: rows(kernel))
+
+
 @pytest.mark.parametrize(
     ("head_dims", "row"),
     [
@@ -109,6 +115,7 @@ def test_padding_changes_no_value(monkeypatch, head_dims: tuple, row: tuple) -> 
         return play(problem, kernel, spec, *operands)
 
     monkeypatch.setattr(_Problem, "launch", launch)
+    use_rows(monkeypatch, lambda kernel: ((64, 64), (128, 128)))
     rng = np.random.default_rng(sum(head_dims))
     (head_dim, head_dim_v), scale = head_dims, 1 / math.sqrt(head_dims[0])
     q, k, v, dout = arrays(
@@ -140,7 +147,10 @@ def lowered(head_dims: tuple[int, int]) -> str:
     return jax.jit(both).trace(*primals).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_the_lowered_program_names_the_row_and_keeps_the_scale(without_library) -> None:
+def test_the_lowered_program_names_the_row_and_keeps_the_scale(
+    without_library, monkeypatch
+) -> None:
+    use_rows(monkeypatch, lambda kernel: ((64, 64), (128, 128)))
     text = lowered((25, 100))
     for kernel in (Kernel.forward, *BACKWARD_KERNELS):
         (line,) = (x for x in text.splitlines() if f"custom_call @{target_name(kernel)}(" in x)
@@ -162,8 +172,7 @@ def test_the_row_is_the_cheapest_that_is_large_enough(monkeypatch) -> None:
         Kernel.forward: ((64, 64), (128, 128), (192, 128), (192, 192), (256, 256)),
         Kernel.backward: ((64, 64), (192, 128), (256, 256)),
     }
-    built = lambda kernel, dtype: rows.get(kernel, rows[Kernel.forward])  # noqa: E731
-    monkeypatch.setattr(_variants, "built_head_dims", built)
+    use_rows(monkeypatch, lambda kernel: rows.get(kernel, rows[Kernel.forward]))
     bf16 = np.dtype(jnp.bfloat16)
     forward = functools.partial(_primitives.padded_head_dims, (Kernel.forward,), bf16)
     backward = functools.partial(_primitives.padded_head_dims, BACKWARD_KERNELS, bf16)
