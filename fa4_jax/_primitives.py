@@ -172,7 +172,7 @@ class _Problem:
             input_output_aliases=signature.aliases,
         )
         (name,) = kernel_names((kernel,), self.like.dtype, (self.sizes["D"], self.sizes["V"]))
-        scalars = {s.name: _SCALAR_TYPES[s.kind](values[s.name]) for s in signature.scalars}
+        scalars = {s.name: _SCALAR_TYPES[s.kind](values[s.name]) for s in signature.attributes}
         return call(*operands, kernel=name, **scalars)
 
 

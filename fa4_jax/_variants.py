@@ -89,7 +89,8 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Scalar:
-    """One run-time scalar, passed as an FFI attribute of this name. `kind` is "f32" or "i32"."""
+    """One run-time scalar. `kind`: "f32" or "i32" is an FFI attribute of this name; "sms" is an
+    int32 that C++ supplies at launch, the number of multiprocessors of the device."""
 
     name: str
     kind: str
@@ -113,6 +114,11 @@ class Signature:
         return {i: results[b.name] for i, b in enumerate(self.operands) if b.name in results}
 
     @property
+    def attributes(self) -> tuple[Scalar, ...]:
+        """The scalars that a caller passes."""
+        return tuple(scalar for scalar in self.scalars if scalar.kind != "sms")
+
+    @property
     def buffers(self) -> tuple[Buffer, ...]:
         """Every distinct buffer: operands, then results that aren't operands too."""
         names = {buffer.name for buffer in self.operands}
@@ -132,11 +138,13 @@ _DQ_ACCUM = Buffer("dq_accum", "BNRE", DType.f32)
 _SCALE = Scalar("softmax_scale", "f32")
 # Query i sees keys j with i + band_lower <= j <= i + band_upper, both clamped to [-T, S].
 _BAND = (Scalar("band_lower", "i32"), Scalar("band_upper", "i32"))
+# A persistent kernel launches one CTA per multiprocessor.
+_NUM_SMS = Scalar("num_sms", "sms")
 
 SIGNATURES: Mapping[Kernel, Signature] = {
     # out = softmax(softmax_scale q k^T + band) v; lse is the natural logarithm of the row sums,
     # -inf for a row that sees no key (whose out is 0).
-    Kernel.forward: Signature((_Q, _K, _V), (_OUT, _LSE), (_SCALE, *_BAND)),
+    Kernel.forward: Signature((_Q, _K, _V), (_OUT, _LSE), (_SCALE, *_BAND, _NUM_SMS)),
     # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in
     # padding rows and for rows that see no key, so that their probabilities are 0; dq_accum = 0.
     Kernel.backward_preprocess: Signature(
@@ -274,7 +282,11 @@ VARIANTS: tuple[Variant, ...] = (
         Arch.sm90a,
         {
             64: Tiles(tile_m=192, tile_n=128, stages=2, mma_warpgroups=3),
+            96: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
             128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+            (192, 128): Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
+            192: Tiles(tile_m=128, tile_n=112, stages=2, mma_warpgroups=2),
+            256: Tiles(tile_m=128, tile_n=80, stages=2, mma_warpgroups=2),
         },
     ),
     *grid(

@@ -187,11 +187,16 @@ ffi::Error CheckCounts(const Kernel& kernel, size_t args, size_t rets, size_t at
     return InvalidArgument(kernel.key, ": got ", rets, " results, expected ",
                            kernel.results.size());
   }
-  if (attrs > 1 + kernel.scalars.size()) {
-    std::ostringstream names;
-    for (const Scalar& scalar : kernel.scalars) names << ", " << scalar.name;
-    return InvalidArgument(kernel.key, ": got ", attrs, " attributes, expected ",
-                           1 + kernel.scalars.size(), ": kernel", names.str());
+  size_t expected = 1;
+  std::ostringstream names;
+  for (const Scalar& scalar : kernel.scalars) {
+    if (scalar.kind == Scalar::kNumSms) continue;
+    ++expected;
+    names << ", " << scalar.name;
+  }
+  if (attrs > expected) {
+    return InvalidArgument(kernel.key, ": got ", attrs, " attributes, expected ", expected,
+                           ": kernel", names.str());
   }
   return ffi::Error::Success();
 }
@@ -237,6 +242,7 @@ ffi::Error CheckCall(const Kernel& kernel, const ffi::RemainingArgs& args,
   }
   if (ffi::Error error = CheckRules(kernel, sizes); error.failure()) return error;
   for (size_t i = 0; i < kernel.scalars.size(); ++i) {
+    if (kernel.scalars[i].kind == Scalar::kNumSms) continue;
     ffi::Error error = CheckScalar(kernel, kernel.scalars[i], attrs, &sizes, &call->scalars[i]);
     if (error.failure()) return error;
   }

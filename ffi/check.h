@@ -17,8 +17,8 @@ struct Call {
     void* data;
     const int64_t* dims;
   };
-  Tensor buffers[kMaxBuffers];  // in the order of Kernel::buffers
-  ScalarValue scalars[kMaxScalars];
+  Tensor buffers[kMaxBuffers];       // in the order of Kernel::buffers
+  ScalarValue scalars[kMaxScalars];  // those that are attributes
 };
 
 // Checks operands, results and attributes against the kernel's signature and fills `call`.

@@ -29,6 +29,7 @@ constexpr int kCudaErrorInvalidDevice = 101;
 constexpr int kCudaErrorInvalidKernelImage = 200;
 constexpr int kCudaErrorNoKernelImageForDevice = 209;
 // enum cudaDeviceAttr
+constexpr int kCudaDevAttrMultiProcessorCount = 16;
 constexpr int kCudaDevAttrComputeCapabilityMajor = 75;
 constexpr int kCudaDevAttrComputeCapabilityMinor = 76;
 // enum cudaStreamCaptureStatus

@@ -94,7 +94,7 @@ ffi::Error Execute(cudaStream_t stream, int32_t device, ffi::RemainingArgs args,
   if (!IsLoaded(*kernel, device)) {
     if (ffi::Error error = LoadLate(*kernel, device, stream); error.failure()) return error;
   }
-  const int status = Launch(*kernel, call, stream);
+  const int status = Launch(*kernel, call, NumSms(device), stream);
   if (status != kCudaSuccess) return CudaError(status, "launching", *kernel, device);
   return ffi::Error::Success();
 }

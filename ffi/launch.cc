@@ -52,7 +52,7 @@ class CuteTensor {
 
 }  // namespace
 
-int Launch(const Kernel& kernel, const Call& call, cudaStream_t stream) {
+int Launch(const Kernel& kernel, const Call& call, int num_sms, cudaStream_t stream) {
   CuteTensor tensors[kMaxBuffers];
   ScalarValue scalars[kMaxScalars];
   int32_t status = 0;
@@ -63,7 +63,11 @@ int Launch(const Kernel& kernel, const Call& call, cudaStream_t stream) {
     args[num_args++] = tensors[i].data();
   }
   for (size_t i = 0; i < kernel.scalars.size(); ++i) {
-    scalars[i] = call.scalars[i];
+    if (kernel.scalars[i].kind == Scalar::kNumSms) {
+      scalars[i].i32 = num_sms;
+    } else {
+      scalars[i] = call.scalars[i];
+    }
     args[num_args++] = &scalars[i];
   }
   args[num_args++] = &stream;

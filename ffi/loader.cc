@@ -21,6 +21,7 @@ constexpr int kMaxDevices = 64;  // bits of Module::devices
 std::mutex load_mutex;
 std::atomic<int64_t> loads[kMaxDevices];
 std::atomic<int> capabilities[kMaxDevices];  // 1000 * major + minor; 0: not asked yet
+std::atomic<int> num_sms[kMaxDevices];       // written before Module::devices says "loaded"
 
 ffi::ErrorCode CodeOf(int error) {
   switch (error) {
@@ -53,6 +54,7 @@ ffi::Error CheckDevice(int32_t device) {
 struct LoadTask {
   const Kernel* kernel;
   int device;
+  int num_sms = 0;
   int error = kCudaSuccess;
 };
 
@@ -63,6 +65,9 @@ void LoadOnThisThread(LoadTask* task) {
   Module* module = task->kernel->module;
   // A runtime call may create a context on the current device, which in a new thread is device 0.
   task->error = cudaSetDevice(task->device);
+  if (task->error != kCudaSuccess) return;
+  task->error =
+      cudaDeviceGetAttribute(&task->num_sms, kCudaDevAttrMultiProcessorCount, task->device);
   if (task->error != kCudaSuccess) return;
   if (module->library == nullptr) {
     cudaLibrary_t library = nullptr;
@@ -125,9 +130,12 @@ ffi::Error Load(const Kernel& kernel, int32_t device) {
   pthread_join(thread, nullptr);
   if (task.error != kCudaSuccess) return CudaError(task.error, "loading", kernel, device);
   loads[device].fetch_add(1, std::memory_order_relaxed);
+  num_sms[device].store(task.num_sms, std::memory_order_relaxed);
   kernel.module->devices.fetch_or(uint64_t{1} << device, std::memory_order_release);
   return ffi::Error::Success();
 }
+
+int NumSms(int32_t device) { return num_sms[device].load(std::memory_order_relaxed); }
 
 int64_t ModuleLoads(int32_t device) {
   return device >= 0 && device < kMaxDevices ? loads[device].load(std::memory_order_relaxed) : 0;

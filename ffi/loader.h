@@ -23,6 +23,9 @@ inline bool IsLoaded(const Kernel& kernel, int32_t device) {
 // failure the next call tries again. Touches no other device and no calling thread's CUDA state.
 ffi::Error Load(const Kernel& kernel, int32_t device);
 
+// The number of multiprocessors of a device on which something is loaded.
+int NumSms(int32_t device);
+
 // How many modules have been loaded on the device.
 int64_t ModuleLoads(int32_t device);
 

@@ -59,9 +59,9 @@ struct DimRule {
   int64_t multiple = 0;  // kRoundedUp: letter is other rounded up to this
 };
 
-// A run-time scalar, passed as an attribute.
+// A run-time scalar: an attribute, or (kNumSms) the device's number of multiprocessors.
 struct Scalar {
-  enum Kind : uint8_t { kPositiveF32, kBoundedI32 } kind;
+  enum Kind : uint8_t { kPositiveF32, kBoundedI32, kNumSms } kind;
   std::string_view name;
   char lower = 0;  // kBoundedI32: the value is in [-size of `lower`, size of `upper`]
   char upper = 0;

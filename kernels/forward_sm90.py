@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention forward for Hopper: TMA, WGMMA, warp-specialised (FlashAttention-3, algorithm 2).
+"""Attention forward for Hopper: TMA, WGMMA, warp-specialised (FlashAttention-3, algorithm 2),
+persistent.
 
-One CTA computes one query tile of one head: it visits the key tiles that the band leaves, last to
-first, keeps an online softmax, and writes out and lse. Consumer warpgroups own 64 query rows each.
-Inside a warpgroup the scores of the next key tile are computed while the current probabilities
-multiply v; between warpgroups a named-barrier ring lets one do softmax while the other feeds the
-tensor cores.
+One CTA per multiprocessor computes query tiles one after another, in the order of
+`kernels.common.scheduler`. For each it visits the key tiles that the band leaves, last to first,
+keeps an online softmax, and writes out and lse. Consumer warpgroups own 64 query rows each. Inside
+a warpgroup the scores of the next key tile are computed while the current probabilities multiply v;
+between warpgroups a named-barrier ring lets one do softmax while the other feeds the tensor cores.
+The ring and the pipelines run on from tile to tile: while a warpgroup writes its rows of out, the
+others compute and the next tile's q, k and v arrive.
 
     warps                   role      registers (2 / 3 consumer warpgroups)
     0                       load      24 / 32
     1-3                     idle      24 / 32
     4 ...                   consume   240 / 160
 
-    load --[q]--> consume      one stage, loaded once
+    load --[q]--> consume      one stage, a tile's q: free when the last scores are computed
     load --[k]--> consume      `stages` deep
     load --[v]--> consume      `stages` deep
 
-Shared memory: q, reused by out at the end (a warpgroup overwrites only rows that it alone reads),
-and the k and v rings.
+Shared memory: q, the k and v rings, and out, where all of them fit. Else out takes q's place, a
+warpgroup overwriting only rows that it alone reads, and q is free when out has been stored. A warp
+stores its own 16 rows of out, so that no warp waits for another.
 """
 
 from typing import NamedTuple
@@ -32,21 +36,34 @@ from cutlass.utils import hopper_helpers as sm90
 
 from fa4_jax._variants import Variant
 from kernels.common.block_range import BlockRange, visible_blocks
-from kernels.common.copy_sm90 import accumulator_to_smem, tma_atom, tma_store, tma_tiles
+from kernels.common.copy_sm90 import (
+    accumulator_to_smem,
+    tma_atom,
+    tma_store_begin,
+    tma_store_wait,
+    tma_tiles,
+)
 from kernels.common.dtypes import element_type
 from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
 from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
     make_accumulator,
+    round_into,
     rows_and_columns,
+    stage,
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.scheduler import TileOrder, place_of, rounds_of, tile_order
 from kernels.common.softmax import LOG2_E, finish, make_online_softmax, online_softmax, rescale
 
 # Named barriers; 0 is sync_threads. TURN + i is consumer warpgroup i's turn at the tensor cores.
-OUT_WRITTEN, TURN = 1, 2
+TURN = 1
+# Rows of an accumulator that one warp holds, and stores.
+WARP_ROWS = 16
+# What a CTA may have, less room for the barriers.
+SHARED_MEMORY = 227 * 1024 - 1024
 
 
 class Tma(NamedTuple):
@@ -69,14 +86,16 @@ class Smem(NamedTuple):
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
+    out: cute.Tensor
 
 
 class Layouts(NamedTuple):
-    """Shared-memory layouts (rows, columns, stages). out uses q's."""
+    """Shared-memory layouts (rows, columns, stages)."""
 
     q: cute.ComposedLayout
     k: cute.ComposedLayout
     v: cute.ComposedLayout
+    out: cute.ComposedLayout
 
 
 class Mma(NamedTuple):
@@ -86,19 +105,27 @@ class Mma(NamedTuple):
     out: cute.TiledMma
 
 
+class Problem(NamedTuple):
+    """What all tiles share: their order, and the run-time sizes and scalars."""
+
+    order: TileOrder
+    heads: cute.FastDivmodDivisorV2
+    group: cute.FastDivmodDivisorV2  # query heads per key/value head
+    seqlen_q: Int32
+    seqlen_k: Int32
+    softmax_scale: Float32
+    band_lower: Int32
+    band_upper: Int32
+
+
 class Tile(NamedTuple):
-    """The query tile of this CTA, the key tiles it visits, and the run-time scalars."""
+    """A query tile and the key tiles it visits."""
 
     m_block: Int32
     head: Int32
     kv_head: Int32
     batch: Int32
     blocks: BlockRange
-    softmax_scale: Float32
-    band_lower: Int32
-    band_upper: Int32
-    seqlen_q: Int32
-    seqlen_k: Int32
 
 
 class ForwardSm90:
@@ -112,8 +139,11 @@ class ForwardSm90:
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
+        elements = self.tile_m + self.stages * self.tile_n
+        elements *= self.head_dim + self.head_dim_v
+        self.own_out = elements * self.dtype.width // 8 <= SHARED_MEMORY
         assert self.tile_m == 64 * self.warpgroups, "a consumer warpgroup owns 64 query rows"
-        assert self.head_dim == self.head_dim_v, "out reuses q's shared memory"
+        assert self.own_out or self.head_dim_v <= self.head_dim, "out takes q's place"
 
     @cute.jit
     def __call__(  # noqa: PLR0913 - the C ABI is flat
@@ -126,6 +156,7 @@ class ForwardSm90:
         softmax_scale: Float32,
         band_lower: Int32,
         band_upper: Int32,
+        num_sms: Int32,
         stream: cuda.CUstream,
     ):
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
@@ -154,19 +185,25 @@ class ForwardSm90:
                 warpgroup.OperandSource.RMEM,
             ),
         )
+
+        def rows_layout(rows: int, columns: int) -> cute.ComposedLayout:
+            tile = (rows, self.tile_n, columns)
+            return sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, self.dtype, 1)
+
         layouts = Layouts(
-            q=sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, scores_tile, self.dtype, 1),
+            q=rows_layout(self.tile_m, self.head_dim),
             k=sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, scores_tile, self.dtype, self.stages),
             v=sm90.make_smem_layout_b(LayoutEnum.COL_MAJOR, out_tile, self.dtype, self.stages),
+            out=rows_layout(self.tile_m, self.head_dim_v),
         )
 
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        q_tile, k_tile = (self.tile_m, self.head_dim), (self.tile_n, self.head_dim)
+        warp_tile = (WARP_ROWS, self.head_dim_v)
         tma = Tma(
-            *tma_atom(load, q, layouts.q, q_tile),
-            *tma_atom(load, k, layouts.k, k_tile),
+            *tma_atom(load, q, layouts.q, (self.tile_m, self.head_dim)),
+            *tma_atom(load, k, layouts.k, (self.tile_n, self.head_dim)),
             *tma_atom(load, v, layouts.v, (self.head_dim_v, self.tile_n)),
-            *tma_atom(store, out, layouts.q, q_tile),
+            *tma_atom(store, out, rows_layout(*warp_tile), warp_tile),
         )
 
         @cute.struct
@@ -177,34 +214,42 @@ class ForwardSm90:
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.q)], 1024]
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.k)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.v)], 1024]
+            out: cute.struct.Align[
+                cute.struct.MemRange[self.dtype, cute.cosize(layouts.out) if self.own_out else 0],
+                1024,
+            ]
 
         self.storage = Storage
-        m_blocks = cute.ceil_div(q.shape[0], self.tile_m)
-        self.kernel(tma, mma, layouts, lse, softmax_scale, band_lower, band_upper).launch(
-            grid=(m_blocks * q.shape[2] * q.shape[3], 1, 1),
+        seqlen_q, _, heads, batch = q.shape
+        seqlen_k, _, kv_heads, _ = k.shape
+        problem = Problem(
+            order=tile_order(cute.ceil_div(seqlen_q, self.tile_m), heads * batch, num_sms),
+            heads=cute.fast_divmod_create_divisor_v2(heads),
+            group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            softmax_scale=softmax_scale,
+            band_lower=band_lower,
+            band_upper=band_upper,
+        )
+        self.kernel(tma, mma, layouts, lse, problem).launch(
+            grid=(problem.order.ctas, 1, 1),
             block=(self.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        tma: Tma,
-        mma: Mma,
-        layouts: Layouts,
-        lse: cute.Tensor,
-        softmax_scale: Float32,
-        band_lower: Int32,
-        band_upper: Int32,
-    ):
+    def kernel(self, tma: Tma, mma: Mma, layouts: Layouts, lse: cute.Tensor, problem: Problem):
         thread, _, _ = cute.arch.thread_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = SmemAllocator().allocate(self.storage)
+        s_out = storage.out if const_expr(self.own_out) else storage.q
         smem = Smem(
             storage.q.get_tensor(layouts.q.outer, swizzle=layouts.q.inner),
             storage.k.get_tensor(layouts.k.outer, swizzle=layouts.k.inner),
             storage.v.get_tensor(layouts.v.outer, swizzle=layouts.v.inner),
+            s_out.get_tensor(layouts.out.outer, swizzle=layouts.out.inner),
         )
         consumer_warps = 4 * self.warpgroups
         q_pipe = load_tile_pipeline(storage.q_barriers, layouts.q, self.dtype, consumer_warps)
@@ -213,79 +258,79 @@ class ForwardSm90:
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
-        tile = self.tile(tma, softmax_scale, band_lower, band_upper)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
-                self.load(tma, smem, (q_pipe[0], k_pipe[0], v_pipe[0]), tile)
+                self.load(tma, smem, (q_pipe[0], k_pipe[0], v_pipe[0]), problem)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.consume(
-                thread - WARPGROUP, mma, smem, (q_pipe[1], k_pipe[1], v_pipe[1]), tile, tma, lse
-            )
+            consumers = (q_pipe[1], k_pipe[1], v_pipe[1])
+            self.consume(thread - WARPGROUP, mma, smem, consumers, tma, lse, problem)
 
-    def tile(self, tma: Tma, softmax_scale: Float32, band_lower: Int32, band_upper: Int32) -> Tile:
-        """Decode this CTA's tile. Query tiles of a head are neighbours, so that its k and v stay in
-        the L2; under a causal band the last, longest ones start first."""
-        block, _, _ = cute.arch.block_idx()
-        seqlen_q, _, heads, _ = tma.g_q.shape
-        seqlen_k, _, kv_heads, _ = tma.g_k.shape
-        m_blocks = cute.ceil_div(seqlen_q, self.tile_m)
-        m_block = m_blocks - 1 - block % m_blocks
-        head = block // m_blocks % heads
+    @cute.jit
+    def tile(self, problem: Problem, round_: Int32) -> Tile:
+        """This CTA's tile in a round."""
+        cta, _, _ = cute.arch.block_idx()
+        m_block, head_of_all = place_of(problem.order, cta, round_)
+        batch, head = divmod(head_of_all, problem.heads)
         first = m_block * self.tile_m
-        last = cutlass.min(first + self.tile_m, seqlen_q) - 1
+        last = cutlass.min(first + self.tile_m, problem.seqlen_q) - 1
         return Tile(
             m_block=m_block,
             head=head,
-            kv_head=head // (heads // kv_heads),
-            batch=block // (m_blocks * heads),
-            blocks=visible_blocks(first, last, band_lower, band_upper, seqlen_k, self.tile_n),
-            softmax_scale=softmax_scale,
-            band_lower=band_lower,
-            band_upper=band_upper,
-            seqlen_q=seqlen_q,
-            seqlen_k=seqlen_k,
+            kv_head=head // problem.group,
+            batch=batch,
+            blocks=visible_blocks(
+                first, last, problem.band_lower, problem.band_upper, problem.seqlen_k, self.tile_n
+            ),
         )
 
     @cute.jit
-    def load(self, tma: Tma, smem: Smem, producers: tuple, tile: Tile):
-        """q once; then k and v of every visited tile, last to first, k one tile ahead of v."""
+    def load(self, tma: Tma, smem: Smem, producers: tuple, problem: Problem):
+        """Per tile: q; k and v of every visited tile, last to first, k one tile ahead of v. The
+        first k comes before q, because its place is free earlier."""
         q_producer, k_producer, v_producer = producers
-        g_q = cute.local_tile(
-            tma.g_q[None, None, tile.head, tile.batch],
-            (self.tile_m, self.head_dim),
-            (tile.m_block, 0),
-        )
-        g_k = cute.local_tile(
-            tma.g_k[None, None, tile.kv_head, tile.batch], (self.tile_n, self.head_dim), (None, 0)
-        )
-        g_v = cute.local_tile(
-            tma.g_v[None, None, tile.kv_head, tile.batch], (self.head_dim_v, self.tile_n), (0, None)
-        )
-        s_q, g_q = tma_tiles(tma.q, smem.q, g_q)
-        s_k, g_k = tma_tiles(tma.k, smem.k, g_k)
-        s_v, g_v = tma_tiles(tma.v, smem.v, g_v)
-        blocks = tile.blocks
-        if blocks.end > blocks.begin:
+        cta, _, _ = cute.arch.block_idx()
+        for round_ in cutlass.range(rounds_of(problem.order, cta), unroll=1):
+            tile = self.tile(problem, round_)
+            g_q = cute.local_tile(
+                tma.g_q[None, None, tile.head, tile.batch],
+                (self.tile_m, self.head_dim),
+                (tile.m_block, 0),
+            )
+            g_k = cute.local_tile(
+                tma.g_k[None, None, tile.kv_head, tile.batch],
+                (self.tile_n, self.head_dim),
+                (None, 0),
+            )
+            g_v = cute.local_tile(
+                tma.g_v[None, None, tile.kv_head, tile.batch],
+                (self.head_dim_v, self.tile_n),
+                (0, None),
+            )
+            s_q, g_q = tma_tiles(tma.q, smem.q, g_q)
+            s_k, g_k = tma_tiles(tma.k, smem.k, g_k)
+            s_v, g_v = tma_tiles(tma.v, smem.v, g_v)
+            blocks = tile.blocks
+            n = blocks.end - 1
+            if blocks.end > blocks.begin:
+                slot = k_producer.acquire_and_advance()
+                cute.copy(tma.k, g_k[None, n], s_k[None, slot.index], tma_bar_ptr=slot.barrier)
             slot = q_producer.acquire_and_advance()
             cute.copy(tma.q, g_q, s_q[None, 0], tma_bar_ptr=slot.barrier)
-            slot = k_producer.acquire_and_advance()
-            cute.copy(
-                tma.k, g_k[None, blocks.end - 1], s_k[None, slot.index], tma_bar_ptr=slot.barrier
-            )
-            for i in cutlass.range(blocks.end - blocks.begin - 1, unroll=1):
-                n = blocks.end - 1 - i
-                slot = k_producer.acquire_and_advance()
-                cute.copy(tma.k, g_k[None, n - 1], s_k[None, slot.index], tma_bar_ptr=slot.barrier)
+            if blocks.end > blocks.begin:
+                for i in cutlass.range(blocks.end - blocks.begin - 1, unroll=1):
+                    n = blocks.end - 1 - i
+                    slot = k_producer.acquire_and_advance()
+                    i_k, barrier = slot.index, slot.barrier
+                    cute.copy(tma.k, g_k[None, n - 1], s_k[None, i_k], tma_bar_ptr=barrier)
+                    slot = v_producer.acquire_and_advance()
+                    cute.copy(tma.v, g_v[None, n], s_v[None, slot.index], tma_bar_ptr=slot.barrier)
                 slot = v_producer.acquire_and_advance()
+                n = blocks.begin
                 cute.copy(tma.v, g_v[None, n], s_v[None, slot.index], tma_bar_ptr=slot.barrier)
-            slot = v_producer.acquire_and_advance()
-            cute.copy(
-                tma.v, g_v[None, blocks.begin], s_v[None, slot.index], tma_bar_ptr=slot.barrier
-            )
-            k_producer.tail()
-            v_producer.tail()
+        k_producer.tail()
+        v_producer.tail()
 
     @cute.jit
     def consume(
@@ -294,109 +339,142 @@ class ForwardSm90:
         mma: Mma,
         smem: Smem,
         consumers: tuple,
-        tile: Tile,
         tma: Tma,
         lse: cute.Tensor,
+        problem: Problem,
     ):
-        """Scores, softmax and out of this warpgroup's 64 rows, then the epilogue."""
+        """Scores, softmax and out of this warpgroup's 64 rows of every tile."""
         q_consumer, k_consumer, v_consumer = consumers
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
-        scores_thread, out_thread = mma.scores.get_slice(thread), mma.out.get_slice(thread)
+        # Descriptors are the warpgroup's: from its first thread, which is uniform.
+        first_thread = group * WARPGROUP
+        scores_thread = mma.scores.get_slice(first_thread)
+        out_thread = mma.out.get_slice(first_thread)
         f_q = mma.scores.make_fragment_A(scores_thread.partition_A(smem.q))[None, None, None, 0]
         f_k = mma.scores.make_fragment_B(scores_thread.partition_B(smem.k))
         f_v = mma.out.make_fragment_B(out_thread.partition_B(smem.v))
         tile_mn = (self.tile_m, self.tile_n)
         coords = accumulator_coordinates(mma.scores, thread, tile_mn)
-        acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
-        acc.fill(0.0)
-        acc_rows = rows_and_columns(acc)
-        softmax = make_online_softmax(cute.size(acc_rows, mode=[0]))
-        scale_log2 = tile.softmax_scale * LOG2_E
-        blocks = tile.blocks
+        scale_log2 = problem.softmax_scale * LOG2_E
 
-        if blocks.end > blocks.begin:
-            q_consumer.wait()
-            scores = make_accumulator(mma.scores, tile_mn)
-            self.first_turn(group)
-            k_slot = k_consumer.wait_and_advance()
-            self.wait_turn(group)
-            issue_gemm(mma.scores, scores, f_q, f_k[None, None, None, k_slot.index], zero=True)
-            self.pass_turn(group)
-            warpgroup.wait_group(0)
-            k_slot.release()
-            if blocks.needs_mask(blocks.end - 1):
-                self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile)
-            online_softmax(softmax, rows_and_columns(scores), scale_log2)
-            probabilities = to_16_bit(scores, self.dtype)
+        self.first_turn(group)
+        cta, _, _ = cute.arch.block_idx()
+        for round_ in cutlass.range(rounds_of(problem.order, cta), unroll=1):
+            tile = self.tile(problem, round_)
+            blocks = tile.blocks
+            acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
+            acc.fill(0.0)
+            acc_rows = rows_and_columns(acc)
+            softmax = make_online_softmax(cute.size(acc_rows, mode=[0]))
+            q_slot = q_consumer.wait_and_advance()
 
-            for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
-                for i in cutlass.range(end - first, unroll=1):
-                    scores = make_accumulator(mma.scores, tile_mn)
-                    k_slot = k_consumer.wait_and_advance()
-                    self.wait_turn(group)
-                    issue_gemm(
-                        mma.scores, scores, f_q, f_k[None, None, None, k_slot.index], zero=True
-                    )
-                    v_slot = v_consumer.wait_and_advance()
-                    issue_gemm(
-                        mma.out,
-                        acc,
-                        as_a_operand(probabilities),
-                        f_v[None, None, None, v_slot.index],
-                        zero=False,
-                    )
-                    self.pass_turn(group)
-                    warpgroup.wait_group(1)
-                    k_slot.release()
-                    if const_expr(masked):
-                        self.mask(rows_and_columns(scores), coords, end - 1 - i, tile)
-                    online_softmax(softmax, rows_and_columns(scores), scale_log2)
-                    warpgroup.wait_group(0)
-                    v_slot.release()
-                    rescale(acc_rows, softmax.decay)
-                    probabilities.store(scores.load().to(self.dtype))
+            if blocks.end > blocks.begin:
+                scores = make_accumulator(mma.scores, tile_mn)
+                k_slot = k_consumer.wait_and_advance()
+                self.wait_turn(group)
+                issue_gemm(mma.scores, scores, f_q, stage(f_k, k_slot), zero=True)
+                self.pass_turn(group)
+                warpgroup.wait_group(0)
+                k_slot.release()
+                if blocks.needs_mask(blocks.end - 1):
+                    self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile, problem)
+                online_softmax(softmax, rows_and_columns(scores), scale_log2)
+                probabilities = to_16_bit(scores, self.dtype)
 
-            self.last_turn(group)
-            v_slot = v_consumer.wait_and_advance()
-            issue_gemm(
-                mma.out,
-                acc,
-                as_a_operand(probabilities),
-                f_v[None, None, None, v_slot.index],
-                zero=False,
-            )
-            warpgroup.wait_group(0)
-            v_slot.release()
+                for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
+                    for i in cutlass.range(end - first, unroll=1):
+                        scores = make_accumulator(mma.scores, tile_mn)
+                        k_slot = k_consumer.wait_and_advance()
+                        self.wait_turn(group)
+                        issue_gemm(mma.scores, scores, f_q, stage(f_k, k_slot), zero=True)
+                        v_slot = v_consumer.wait_and_advance()
+                        issue_gemm(
+                            mma.out,
+                            acc,
+                            as_a_operand(probabilities),
+                            stage(f_v, v_slot),
+                            zero=False,
+                        )
+                        self.pass_turn(group)
+                        warpgroup.wait_group(1)
+                        k_slot.release()
+                        if const_expr(masked):
+                            n = end - 1 - i
+                            self.mask(rows_and_columns(scores), coords, n, tile, problem)
+                        online_softmax(softmax, rows_and_columns(scores), scale_log2)
+                        warpgroup.wait_group(0)
+                        v_slot.release()
+                        rescale(acc_rows, softmax.decay)
+                        round_into(probabilities, scores)
 
-        finish(softmax, tile.softmax_scale)
-        rescale(acc_rows, softmax.decay)
-        self.epilogue(thread, mma, smem, tile, tma, acc)
-        first_row = tile.m_block * self.tile_m
-        for r in cutlass.range_constexpr(cute.size(acc_rows, mode=[0])):
-            row = first_row + coords.row + coords.offsets[r, 0][0]
-            if coords.column == 0 and row < tile.seqlen_q:
-                lse[tile.batch, tile.head, row] = softmax.row_max[r]
+                if const_expr(self.own_out):
+                    q_slot.release()
+                v_slot = v_consumer.wait_and_advance()
+                issue_gemm(
+                    mma.out,
+                    acc,
+                    as_a_operand(probabilities),
+                    stage(f_v, v_slot),
+                    zero=False,
+                )
+                warpgroup.wait_group(0)
+                v_slot.release()
+            elif const_expr(self.own_out):
+                q_slot.release()
+
+            finish(softmax, problem.softmax_scale)
+            rescale(acc_rows, softmax.decay)
+            first_row = tile.m_block * self.tile_m
+            extent = problem.seqlen_q - first_row
+            g_lse = cute.domain_offset((first_row,), lse[tile.batch, tile.head, None])
+            self.store_lse(softmax.row_max, coords, g_lse, extent)
+            self.store_out(thread, mma, smem, tile, tma, acc)
+            if const_expr(not self.own_out):
+                q_slot.release()
+        self.last_turn(group)
+        tma_store_wait()
 
     @cute.jit
-    def mask(self, scores: cute.Tensor, coords: Coordinates, n: Int32, tile: Tile):
+    def mask(
+        self, scores: cute.Tensor, coords: Coordinates, n: Int32, tile: Tile, problem: Problem
+    ):
         """Mask what the band and seqlen_k leave out of key tile n."""
         m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
         shift = m_start - n_start
-        extent = (tile.seqlen_q - m_start, tile.seqlen_k - n_start)
-        mask_scores(scores, coords, tile.band_lower + shift, tile.band_upper + shift, extent)
+        extent = (problem.seqlen_q - m_start, problem.seqlen_k - n_start)
+        mask_scores(scores, coords, problem.band_lower + shift, problem.band_upper + shift, extent)
 
     @cute.jit
-    def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, acc: cute.Tensor):
-        """acc -> 16 bit -> q's shared memory (stmatrix) -> TMA store, which clips rows past
-        seqlen_q."""
-        s_out = smem.q[None, None, 0]
+    def store_lse(
+        self, row_lse: cute.Tensor, coords: Coordinates, g_lse: cute.Tensor, extent: Int32
+    ):
+        """One entry per row of this thread, by the first of the lanes that share the row."""
+        for r in cutlass.range_constexpr(cute.size(row_lse)):
+            row = coords.row + coords.offsets[r, 0][0]
+            if coords.column == 0 and row < extent:
+                g_lse[row] = row_lse[r]
+
+    @cute.jit
+    def store_out(
+        self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, acc: cute.Tensor
+    ):
+        """acc -> 16 bit -> shared memory (stmatrix) -> TMA store of this warp's rows, which clips
+        those past seqlen_q. The memory is free again before the next store into it, or, where it is
+        q's, when this returns."""
+        if const_expr(self.own_out):
+            tma_store_wait()
+        s_out = smem.out[None, None, 0]
         accumulator_to_smem(acc, mma.out, thread, s_out)
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=OUT_WRITTEN, number_of_threads=self.warpgroups * WARPGROUP)
-        if cute.arch.make_warp_uniform(thread // 32) == 0:
-            g_out = tma.g_out[None, None, tile.head, tile.batch]
-            tile_shape = (self.tile_m, self.head_dim_v)
-            tma_store(tma.out, s_out, cute.local_tile(g_out, tile_shape, (tile.m_block, 0)))
+        cute.arch.sync_warp()
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        tile_shape = (WARP_ROWS, self.head_dim_v)
+        g_out = tma.g_out[None, None, tile.head, tile.batch]
+        g_place = (tile.m_block * (self.tile_m // WARP_ROWS) + warp, 0)
+        g_out = cute.local_tile(g_out, tile_shape, g_place)
+        tma_store_begin(tma.out, cute.local_tile(s_out, tile_shape, (warp, 0)), g_out)
+        if const_expr(not self.own_out):
+            tma_store_wait()
 
     @cute.jit
     def first_turn(self, group: Int32):

@@ -45,7 +45,7 @@ def fake_arguments(variant: Variant) -> tuple[Any, ...]:
     from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
     element = {DType.bf16: cutlass.BFloat16, DType.f16: cutlass.Float16, DType.f32: cutlass.Float32}
-    scalar = {"f32": cutlass.Float32(1.0), "i32": cutlass.Int32(1)}
+    scalar = {"f32": cutlass.Float32(1.0), "i32": cutlass.Int32(1), "sms": cutlass.Int32(1)}
 
     def fake(buffer: Buffer) -> Any:
         shape, stride = [], []
@@ -67,7 +67,7 @@ def fake_arguments(variant: Variant) -> tuple[Any, ...]:
     return (*buffers, *(scalar[s.kind] for s in variant.signature.scalars), make_fake_stream())
 
 
-_C_TYPES = {"f32": "float", "i32": "int32_t"}
+_C_TYPES = {"f32": "float", "i32": "int32_t", "sms": "int32_t"}
 _FFI_DTYPES = {DType.bf16: "BF16", DType.f16: "F16", DType.f32: "F32"}
 
 # What a scalar may be, in the terms of ffi/registry.h: every f32 is finite and > 0; an i32 lies
@@ -201,6 +201,8 @@ def _rules(variant: Variant) -> list[str]:
 def _scalar(scalar: Scalar) -> str:
     if scalar.kind == "f32":
         return f'{{Scalar::kPositiveF32, "{scalar.name}"}}'
+    if scalar.kind == "sms":
+        return f'{{Scalar::kNumSms, "{scalar.name}"}}'
     lower, upper = _I32_BOUNDS[scalar.name]
     return f"{{Scalar::kBoundedI32, \"{scalar.name}\", '{lower}', '{upper}'}}"
 

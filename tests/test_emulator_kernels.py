@@ -46,6 +46,7 @@ class Case:
     heads: tuple[int, int]
     mask: dict = dataclasses.field(default_factory=dict)
     family: str = "normal"
+    num_sms: int = 2
 
     @property
     def band(self) -> tuple[int, int]:
@@ -77,6 +78,12 @@ CASES = {
     "window": Case(1, 195, 333, (3, 1), {"window_size": (40, 10)}),
     "one_query": Case(1, 1, 3, (2, 2)),
 }
+# A CTA of a persistent kernel computes many tiles, long, short and without keys: two heads in
+# pairs, the others in a snake, some of these in pairs, too (`kernels.common.scheduler`).
+PERSISTENT_CASES = {
+    "many_tiles": Case(1, 600, 300, (4, 2), BOTTOM_RIGHT),
+    "many_tiles_3_sms": Case(3, 300, 140, (3, 1), BOTTOM_RIGHT, num_sms=3),
+}
 
 
 def rows(kernel: Kernel) -> pytest.MarkDecorator:
@@ -86,6 +93,9 @@ def rows(kernel: Kernel) -> pytest.MarkDecorator:
 
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+forward_cases = pytest.mark.parametrize(
+    "case", [*CASES.values(), *PERSISTENT_CASES.values()], ids=[*CASES, *PERSISTENT_CASES]
+)
 
 
 def operands(variant: Variant, case: Case) -> tuple:
@@ -127,11 +137,12 @@ def assert_same_in_every_schedule(
                 assert result.tobytes() == other.tobytes(), f"result {index} differs in {schedule}"
 
 
-@cases
+@forward_cases
 @rows(Kernel.forward)
 def test_forward(emulated, variant: Variant, case: Case) -> None:
     q, k, v, _, _ = operands(variant, case)
-    row, values = emulated(variant.name), scalars(variant, case)
+    row = functools.partial(emulated(variant.name), num_sms=case.num_sms)
+    values = scalars(variant, case)
     results = row((q, k, v), values, check=True)
     scale = values["softmax_scale"]
     expected = Oracle(case.seen, scale).forward(*as64(q, k, v))

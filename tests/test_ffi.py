@@ -69,6 +69,10 @@ class Fake:
         self.device(0)
         self.library.fa4_jax_fake_unload()
 
+    def multiprocessors(self, number: int) -> None:
+        """Of every device; the library asks when it loads a module."""
+        self.library.fa4_jax_fake_multiprocessors(number)
+
     def device(self, ordinal: int) -> None:
         self.library.fa4_jax_fake_device(ordinal)
 
@@ -123,7 +127,7 @@ class RawCall:
         ]
         self.aliases = signature.aliases
         self.attributes = {"kernel": variant.key}
-        self.attributes |= {scalar.name: SCALARS[scalar.name] for scalar in signature.scalars}
+        self.attributes |= {scalar.name: SCALARS[scalar.name] for scalar in signature.attributes}
 
     def operand(self, index: int, shape=None, dtype=None) -> None:
         old = self.operands[index]
@@ -173,11 +177,14 @@ def test_launch_passes_what_the_exported_function_expects(fake, variant):
         seen.append((name.decode(), tensors, scalars, stream))
 
     fake.library.fa4_jax_fake_on_launch(on_launch)
+    fake.multiprocessors(132)
     RawCall(variant)()
     ((name, tensors, scalars, stream),) = seen
     assert name == variant.name
     assert all(got == expected for got, expected in tensors), tensors
-    assert scalars == {s.name: SCALARS[s.name] for s in variant.signature.scalars}
+    supplied = {"num_sms": 132}
+    expected = {s.name: {**SCALARS, **supplied}[s.name] for s in variant.signature.scalars}
+    assert scalars == expected
     assert stream == 0x5717EA
 
 
@@ -507,6 +514,11 @@ def band_upper_too_high(call, fake):
 @malformed(F, "got 5 attributes, expected 4: kernel, softmax_scale, band_lower, band_upper")
 def attribute_too_many(call, fake):
     call.attributes["causal"] = True
+
+
+@malformed(F, "got 5 attributes, expected 4: kernel, softmax_scale, band_lower, band_upper")
+def attribute_that_the_library_supplies(call, fake):
+    call.attributes["num_sms"] = np.int32(1)
 
 
 @malformed(B, "dq_accum: got different memory as operand and as result, expected one buffer")

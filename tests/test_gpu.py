@@ -514,7 +514,7 @@ def raw(kernel: Kernel, change: Callable[[dict], None]) -> None:
         "target": target_name(kernel),
         "operands": [struct(buffer) for buffer in signature.operands],
         "results": [struct(buffer) for buffer in signature.results],
-        "attributes": {s.name: scalars[s.name] for s in signature.scalars},
+        "attributes": {s.name: scalars[s.name] for s in signature.attributes},
         "aliases": signature.aliases,
     }
     call["attributes"]["kernel"] = f"{kernel}{key_suffix(row)}"

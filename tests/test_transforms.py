@@ -296,7 +296,7 @@ def test_the_lowered_call_is_the_signature(without_library, kernel: Kernel) -> N
     assert (given.split(", "), got.split(", ")) == aval_types(kernel, sizes)
     attributes = re.search(r"backend_config = \{(.*?)\}", line).group(1).split(", ")
     expected = [f'kernel = "{kernel}_bf16_d64"']
-    for scalar in SIGNATURES[kernel].scalars:
+    for scalar in SIGNATURES[kernel].attributes:
         value = {"softmax_scale": "2.500000e-01", "band_lower": "-5", "band_upper": "0"}[
             scalar.name
         ]

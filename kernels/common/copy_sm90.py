@@ -95,6 +95,25 @@ def tma_store(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
 
+@cute.jit
+def tma_store_begin(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
+    """`tma_store` without the wait: `tma_store_wait` comes before the tile is written again, and
+    before the CTA ends."""
+    smem, gmem = tma_tiles(atom, smem, gmem)
+    with cute.arch.elect_one():
+        cute.copy(atom, smem, gmem)
+        cute.arch.cp_async_bulk_commit_group()
+
+
+@cute.jit
+def tma_store_wait():
+    """Wait until this warp's stores have read shared memory. elect.sync elects the same lane every
+    time, so it's the lane that began them."""
+    with cute.arch.elect_one():
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+    cute.arch.sync_warp()
+
+
 def reduction_address(gmem: cute.Tensor, thread: Int32) -> Int64:
     """Where in a (64, N) fp32 tile `add_to_gmem` puts this thread's first element, as bytes."""
     warp, lane = thread // 32, thread % 32

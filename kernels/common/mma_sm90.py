@@ -41,6 +41,16 @@ def issue_gemm(
     warpgroup.commit_group()
 
 
+def stage(fragment: cute.Tensor, slot) -> cute.Tensor:
+    """The descriptors of a pipeline slot.
+
+    Its index is the same in all threads, but ptxas sees that only behind the shuffle: else it
+    computes every MMA's descriptor in vector registers and moves it (R2UR), 60 to 70 of a key
+    tile's 490 to 550 instructions in the forward, and in the way of the next MMA.
+    """
+    return fragment[None, None, None, cute.arch.make_warp_uniform(slot.index)]
+
+
 def make_accumulator(tiled_mma: cute.TiledMma, tile: tuple[int, int]) -> cute.Tensor:
     """This thread's registers for an fp32 accumulator of `tile` (rows, columns), uninitialised."""
     return cute.make_rmem_tensor(tiled_mma.get_slice(0).partition_shape_C(tile), Float32)
@@ -81,12 +91,20 @@ def as_a_operand(acc: cute.Tensor) -> cute.Tensor:
 
 @cute.jit
 def to_16_bit(acc: cute.Tensor, dtype: cutlass.Constexpr) -> cute.Tensor:
-    """A register copy of an accumulator, rounded to `dtype`.
+    """A register copy of an accumulator, rounded to `dtype`."""
+    rounded = cute.make_rmem_tensor(acc.layout, dtype)
+    round_into(rounded, acc)
+    return rounded
+
+
+@cute.jit
+def round_into(rounded: cute.Tensor, acc: cute.Tensor):
+    """Write an accumulator into registers of its layout and a 16-bit type.
 
     The accumulator's neighbours in memory are neighbours in a row, so pairs pack into one register.
+    `rounded.store(acc.load().to(dtype))` keeps halves where their number is no power of two, and
+    packs them between the fence and the MMA that reads them.
     """
-    rounded = cute.make_rmem_tensor(acc.layout, dtype)
     packed = cute.recast_tensor(rounded, Int32)
     for i in cutlass.range_constexpr(cute.size(packed)):
-        packed[i] = round_pair(acc[2 * i], acc[2 * i + 1], dtype)
-    return rounded
+        packed[i] = round_pair(acc[2 * i], acc[2 * i + 1], rounded.element_type)

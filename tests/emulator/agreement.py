@@ -104,7 +104,7 @@ def emulate(variant: Variant, case: Case) -> list[np.ndarray]:
 
     def run(kernel: Kernel, *arrays, **keywords) -> list[np.ndarray]:
         row = rows[kernel_key(kernel, variant.dtype, variant.head_dim, variant.head_dim_v)]
-        values = {s.name: scalars[s.name] for s in row.signature.scalars}
+        values = {s.name: scalars[s.name] for s in row.signature.attributes}
         return device().run(row, arrays, values, **keywords)
 
     out, lse = run(Kernel.forward, q, k, v)

@@ -138,6 +138,7 @@ class Device:
         self.error: Exception | None = None
         self.programs: dict[str, Program] = {}
         self._digests: dict[int, str] = {}
+        self._num_sms = 0
         self._buffer_names: Sequence[str] = ()
         # ctypes keeps no reference to callbacks that C holds.
         self._callbacks = (_LAUNCH(self._on_launch), _BUFFER(self._on_buffer))
@@ -157,10 +158,13 @@ class Device:
         schedule: str = "eager",
         check: bool = False,
         free: Mapping[str, int] | None = None,
+        num_sms: int = 2,
     ) -> list[np.ndarray]:
         """Call a row through the FFI; returns its results. Raises what the emulated kernel raised.
 
-        `free`: sizes that the operands don't tell, such as T of backward_postprocess.
+        `free`: sizes that the operands don't tell, such as T of backward_postprocess. `num_sms`:
+        multiprocessors of the device; few, so that a persistent kernel's CTAs compute several
+        tiles.
         """
         signature = variant.signature
         sizes = dict(variant.static_dims)
@@ -176,10 +180,14 @@ class Device:
             for buffer in signature.results
         ]
         kinds = {"f32": np.float32, "i32": np.int32}
-        attributes = {s.name: kinds[s.kind](scalars[s.name]) for s in signature.scalars}
+        attributes = {s.name: kinds[s.kind](scalars[s.name]) for s in signature.attributes}
         self._buffer_names = [b.name for b in (*signature.operands, *signature.results)]
         self.options, self.error = Options(Schedule.parse(schedule), check), None
         self.select(variant)
+        if num_sms != self._num_sms:
+            self.library.fa4_jax_fake_multiprocessors(num_sms)
+            self.unload()  # the library asks when it loads a module
+            self._num_sms = num_sms
         call = jax.ffi.ffi_call(TARGET, results, input_output_aliases=signature.aliases)
         try:
             got = call(*map(jax.numpy.asarray, operands), kernel=variant.key, **attributes)

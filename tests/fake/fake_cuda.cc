@@ -25,6 +25,7 @@ enum Call { kSetDevice, kGetAttribute, kIsCapturing, kInit, kLoadToDevice, kLaun
 std::atomic<int> failures[kNumCalls];  // the error the call returns
 std::atomic<int> counts[kNumCalls];
 std::atomic<int> compute_capability{90};
+std::atomic<int> multiprocessors{2};
 std::atomic<int> capturing{0};
 std::atomic<int> device_ordinal{0};
 std::atomic<int> initialize_first{1};
@@ -129,8 +130,18 @@ int cudaSetDevice(int device) {
 
 int cudaDeviceGetAttribute(int* value, int attribute, int) {
   const int error = Enter(kGetAttribute);
-  if (error == 0) *value = attribute == 75 ? compute_capability / 10 : compute_capability % 10;
-  return error;
+  if (error != 0) return error;
+  switch (attribute) {
+    case fa4_jax::kCudaDevAttrMultiProcessorCount:
+      *value = multiprocessors;
+      break;
+    case fa4_jax::kCudaDevAttrComputeCapabilityMajor:
+      *value = compute_capability / 10;
+      break;
+    default:
+      *value = compute_capability % 10;
+  }
+  return 0;
 }
 
 int cudaStreamIsCapturing(cudaStream_t, int* status) {
@@ -153,6 +164,7 @@ void fa4_jax_fake_unload() {
 void fa4_jax_fake_fail(int call, int error) { failures[call] = error; }
 int fa4_jax_fake_count(int call) { return counts[call]; }
 void fa4_jax_fake_compute_capability(int value) { compute_capability = value; }
+void fa4_jax_fake_multiprocessors(int value) { multiprocessors = value; }
 void fa4_jax_fake_capturing(int value) { capturing = value; }
 void fa4_jax_fake_device(int ordinal) { device_ordinal = ordinal; }
 int fa4_jax_fake_current_device() { return current_device; }
