@@ -222,8 +222,11 @@ class ForwardSm90:
         self.storage = Storage
         seqlen_q, _, heads, batch = q.shape
         seqlen_k, _, kv_heads, _ = k.shape
+        # A band that only one side bounds is longer for some queries than for others.
+        bounded_below, bounded_above = band_lower > -seqlen_q + 1, band_upper < seqlen_k - 1
+        even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
         problem = Problem(
-            order=tile_order(cute.ceil_div(seqlen_q, self.tile_m), heads * batch, num_sms),
+            order=tile_order(cute.ceil_div(seqlen_q, self.tile_m), heads * batch, even, num_sms),
             heads=cute.fast_divmod_create_divisor_v2(heads),
             group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
             seqlen_q=seqlen_q,
