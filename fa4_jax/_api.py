@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public calls: signatures, defaults, and every check that needs a shape or a dtype.
 
-A call becomes a `_Plan` (arrays in kernel layout, an `AttentionSpec`, what only the reference
-takes, and the reasons why the kernels can't serve it), and a plan runs. ValueError and TypeError
+A call becomes a `_Plan` (arrays in kernel layout, an `AttentionSpec`, checked operands beside q, k
+and v, and the reasons why the kernels can't serve it), and a plan runs. ValueError and TypeError
 mean that the caller made a mistake; NotImplementedError means that we don't support it, with every
 reason.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, NoReturn, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from fa4_jax import _autodiff, _primitives, _reference, _variants
+from fa4_jax import _autodiff, _intervals, _primitives, _reference, _variants
+from fa4_jax._intervals import Limits
 from fa4_jax._reference import Extras
 from fa4_jax._spec import (
     BOTTOM_RIGHT,
@@ -76,6 +77,19 @@ class AllFlashOptions(FlashOptions, total=False):
     return_lse: bool
 
 
+class VarlenOptions(TypedDict, total=False):
+    """For type checkers: `flash_attention_varlen`'s keywords but `return_lse`."""
+
+    softmax_scale: float | None
+    causal: bool
+    causal_alignment: str
+    window_size: tuple[int | None, int | None]
+    softcap: float | None
+    sinks: ArrayLike | None
+    deterministic: bool
+    implementation: str | None
+
+
 class JaxNnOptions(SharedOptions, total=False):
     """For type checkers: `dot_product_attention`'s keywords but `return_residual`."""
 
@@ -129,28 +143,47 @@ def flash_attention(  # noqa: PLR0913 - the public options of attention; they ar
     (N is a multiple of K: query head n uses key/value head n // (N // K)), D and V the head dims.
     Differentiable once, in reverse mode, through out and lse.
 
-    A query that sees no key gets out 0, lse -inf and zero gradients. T, S or B = 0 gives an empty
-    or zero result.
+    A query sees the keys that `causal`, `window_size`, segment ids, lengths, `kv_start` and
+    `kv_end` all let it see. One that sees no key gets out 0, lse -inf and zero gradients. T, S or
+    B = 0 gives an empty or zero result. Keys and values that a query doesn't see change nothing in
+    its row as long as they are finite: 0 times NaN is NaN.
+
+    Integer arrays are traced values and may hold anything: a length or bound outside its range
+    means the end of the range.
 
     Args:
       q: [B, T, N, D], or [T, N, D]. bfloat16 or float16 for the kernels; the reference takes
-        float32 and float64 too.
+        float32 and float64 too. Head dims without a kernel are zero-padded to the next that has
+        one: it costs that kernel's time and a copy of q, k and v, also in the backward pass.
       k: [B, S, K, D], or [S, K, D]; q's dtype.
       v: [B, S, K, V], or [S, K, V]; q's dtype.
       softmax_scale: static number, finite in float32; any sign. 1 / sqrt(D) by default.
       causal: query i sees keys j <= i + offset; offset is 0, or S - T with "bottom_right".
       causal_alignment: "top_left", as in jax.nn, or "bottom_right", as in FlashAttention. They
-        differ if T != S, for `window_size` as well.
+        differ if T != S, for `window_size` as well. With lengths, "bottom_right" aligns the ends of
+        each sequence: offset is key_value_seq_lengths[b] - query_seq_lengths[b], where a missing
+        one is S or T.
       window_size: (left, right): query i sees keys i + offset - left <= j <= i + offset + right.
         Static ints >= 0, both inclusive; None is unbounded. `causal` sets right to 0.
       softcap: static number > 0: logits become softcap * tanh(logits / softcap). Reference only.
-      sinks: not implemented yet.
-      q_segment_ids: not implemented yet.
-      kv_segment_ids: not implemented yet.
-      query_seq_lengths: integers [B]: queries at and beyond a length see no key. Reference only.
-      key_value_seq_lengths: integers [B]: keys at and beyond a length aren't seen. Reference only.
+      sinks: floats [N]: one more logit of every row of a head, as it is (neither scaled nor
+        capped), without a value: out = sum_j exp(x_j) v_j / (sum_j exp(x_j) + exp(sink)). lse
+        includes it, so it is the sink in a row that sees no key. -inf is none. Differentiable.
+        Reference only.
+      q_segment_ids: integers [B, T] (or [T]): query i sees keys whose id equals its own. Any id is
+        one like any other, negative ones too; queries whose id no key has see no key, so give
+        padding ids that the other side lacks. The keys of an id have to be contiguous: out and lse
+        of its queries are NaN where they aren't, and so are gradients. `causal` and `window_size`
+        count positions in the whole row, as in TPU flash and splash attention. Reference only.
+      kv_segment_ids: integers [B, S] (or [S]), q_segment_ids' dtype; both or neither.
+      query_seq_lengths: integers [B] (or [1]): queries at and beyond a length see no key. Reference
+        only.
+      key_value_seq_lengths: integers [B] (or [1]): keys at and beyond a length aren't seen.
+        Reference only.
       kv_start: integers [B, T] (or [T]): query i sees no key before kv_start[b, i]. Reference only.
       kv_end: integers [B, T] (or [T]): query i sees no key from kv_end[b, i] on. Reference only.
+        Prefix-LM, causal after prefix[b] keys that every query sees: leave `causal` out and give
+        jnp.maximum(jnp.arange(1, T + 1), prefix[:, None]).
       return_lse: return (out, lse).
       deterministic: bitwise repeatable gradients. Reference only.
       implementation: "fa4" runs the FA4 kernels or raises; "reference" runs `_reference`; None runs
@@ -189,6 +222,28 @@ def flash_attention(  # noqa: PLR0913 - the public options of attention; they ar
     return (out, lse) if options.return_lse else out
 
 
+@overload
+def flash_attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[VarlenOptions],
+) -> Array: ...
+@overload
+def flash_attention_varlen(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: ArrayLike,
+    cu_seqlens_k: ArrayLike | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[Array, Array]: ...
 def flash_attention_varlen(  # noqa: PLR0913 - as flash_attention
     q: ArrayLike,
     k: ArrayLike,
@@ -205,16 +260,56 @@ def flash_attention_varlen(  # noqa: PLR0913 - as flash_attention
     return_lse: bool = False,
     deterministic: bool = False,
     implementation: str | None = None,
-) -> NoReturn:
-    """Attention over sequences packed along one axis, q [total, N, D]. Not implemented yet.
+) -> Array | tuple[Array, Array]:
+    """`flash_attention` of M sequences of any lengths, packed one after another along one axis.
+
+    Sequence m is queries cu_seqlens_q[m] to cu_seqlens_q[m + 1] (exclusive) and the keys that
+    cu_seqlens_k says likewise, and sees nothing else. Lengths may be 0, of queries, keys or both.
+    Rows before the first sequence and after the last are padding: out 0, lse -inf, no gradients.
+
+    Args:
+      q: [total_q, N, D].
+      k: [total_k, K, D].
+      v: [total_k, K, V].
+      cu_seqlens_q: integers [M + 1], the cumulated lengths, such as [0, 3, 3, 10]; may be traced.
+        Values outside [0, total_q] mean the end of that range, and one that is less than its
+        predecessor means the predecessor.
+      cu_seqlens_k: integers [M + 1]; cu_seqlens_q by default, where total_k is total_q. Leave it
+        out for self-attention: causal and window masks are the same band for every sequence then,
+        and are skipped by the block.
+      softmax_scale: as in `flash_attention`.
+      causal: as in `flash_attention`, in each sequence.
+      causal_alignment: as in `flash_attention`, but "bottom_right" by default: the last query of
+        each sequence is aligned with its last key.
+      window_size: as in `flash_attention`, in each sequence.
+      softcap: as in `flash_attention`.
+      sinks: as in `flash_attention`.
+      return_lse: as in `flash_attention`.
+      deterministic: as in `flash_attention`.
+      implementation: as in `flash_attention`. Reference only, so far.
+
+    Returns:
+      out [total_q, N, V] in q's dtype; with `return_lse`, also lse [N, total_q].
 
     Raises:
-      NotImplementedError: always.
+      TypeError, ValueError, NotImplementedError, LibraryError: as `flash_attention`.
     """
-    raise NotImplementedError(
-        "fa4_jax: flash_attention_varlen isn't implemented yet; use flash_attention with a padded "
-        "batch, query_seq_lengths and key_value_seq_lengths"
+    options = _Options(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        causal_alignment=causal_alignment,
+        window_size=window_size,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        implementation=implementation,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        is_packed=True,
     )
+    out, lse = _plan(_as_arrays(options, q, k, v), options).run()
+    return (out, lse) if options.return_lse else out
 
 
 @overload
@@ -357,14 +452,25 @@ def explain(q: Any, k: Any, v: Any, **options: Unpack[AllFlashOptions]) -> str:
         return 'reference: implementation="reference"'
     reasons = plan.reasons + _process_reasons()
     if not reasons:
-        arguments = plan.q.dtype, (plan.q.shape[-1], plan.v.shape[-1])
-        forward = _primitives.kernel_names((Kernel.forward,), *arguments)
-        missing = _primitives.missing_kernels(_primitives.BACKWARD_KERNELS, *arguments)
-        backward = missing or _primitives.kernel_names(_primitives.BACKWARD_KERNELS, *arguments)
-        return f"fa4: {', '.join(forward)}; gradient: {', '.join(backward)}"
+        forward = _kernels_text((Kernel.forward,), plan)
+        return f"fa4: {forward}; gradient: {_kernels_text(_primitives.BACKWARD_KERNELS, plan)}"
     if plan.implementation == KERNELS:
         return f"raises NotImplementedError: {'; '.join(reasons)}"
     return f"reference: {'; '.join(reasons)}"
+
+
+def _kernels_text(kernels: tuple[Kernel, ...], plan: _Plan) -> str:
+    """The kernels' names and what is padded for them, or why there are none."""
+    head_dims = plan.q.shape[-1], plan.v.shape[-1]
+    missing = _primitives.missing_kernels(kernels, plan.q.dtype, head_dims)
+    if missing:
+        return ", ".join(missing)
+    padded = _primitives.padded_head_dims(kernels, plan.q.dtype, head_dims)
+    names = ", ".join(_primitives.kernel_names(kernels, plan.q.dtype, padded))
+    if padded == head_dims:
+        return names
+    got, row = map(_primitives.head_dims_text, (head_dims, padded))
+    return f"{names} (head_dim {got} zero-padded to {row})"
 
 
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
@@ -381,8 +487,8 @@ def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Options:
-    """`flash_attention`'s keywords with their defaults, `dot_product_attention`'s two arrays, and
-    how the caller's function names the arguments."""
+    """`flash_attention`'s keywords with their defaults, what the other two functions take beside
+    them, and how the caller's function names the arguments."""
 
     softmax_scale: Any = None
     causal: Any = False
@@ -401,6 +507,9 @@ class _Options:
     implementation: Any = None
     bias: Any = None
     mask: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    is_packed: bool = False
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def name(self, argument: str) -> str:
@@ -429,7 +538,10 @@ class _Plan:
     k: Any
     v: Any
     spec: AttentionSpec
-    extras: Extras
+    limits: Limits
+    bias: Any
+    mask: Any
+    sinks: Any
     implementation: str | None
     reasons: tuple[str, ...]
     has_batch: bool
@@ -445,7 +557,10 @@ class _Plan:
             _reference.warn_fallback(self.reasons)
         use_kernels = self.implementation != REFERENCE and not self.reasons
         q, spec = _fold_scale(self.q, self.spec)
-        results = _autodiff.attention(spec, use_kernels, q, self.k, self.v, self.extras)
+        spec, interval = _intervals.resolve(spec, self.limits, q.shape[1], self.k.shape[1])
+        kv_start, kv_end = interval or (None, None)
+        extras = Extras(self.bias, self.mask, kv_start, kv_end, self.sinks)
+        results = _autodiff.attention(spec, use_kernels, q, self.k, self.v, extras)
         return results if self.has_batch else (results[0][0], results[1][0])
 
 
@@ -465,7 +580,7 @@ def _plan_or_reasons(
 ) -> tuple[_Plan | None, tuple[str, ...]]:
     parsed = _Options(**options)
     try:
-        return _plan(_as_arrays(parsed, q, k, v, allow_shapes=True), parsed), ()
+        return _plan(_as_arrays(parsed, q, k, v, allow_shapes=True), parsed, allow_shapes=True), ()
     except NotImplementedError as error:
         return None, (str(error).removeprefix("fa4_jax: "),)
 
@@ -476,7 +591,9 @@ def _process_reasons() -> tuple[str, ...]:
     return _primitives.device_reasons() or _primitives.library_reasons()
 
 
-def _plan(operands: tuple[_Operand, _Operand, _Operand], options: _Options) -> _Plan:
+def _plan(
+    operands: tuple[_Operand, _Operand, _Operand], options: _Options, allow_shapes: bool = False
+) -> _Plan:
     """Check everything, once."""
     _check_operands(options, *operands)
     has_batch = len(operands[0].shape) == 4
@@ -500,50 +617,47 @@ def _plan(operands: tuple[_Operand, _Operand, _Operand], options: _Options) -> _
         softcap=normalise_softcap(options.softcap),
         require_kernel=options.implementation == KERNELS,
     )
-    _check_not_yet(options)
-    extras = _extras(options, q, k, has_batch)
+    arrays = _Arrays(options, q, k, has_batch, allow_shapes)
     reasons = _primitives.missing_kernels((Kernel.forward,), q.dtype, (q.shape[-1], v.shape[-1]))
-    unserved = {"deterministic=True": deterministic, "softcap": options.softcap is not None} | {
-        name: getattr(options, name) is not None for name in _REFERENCE_ARRAYS
-    }
+    reasons += ("deterministic=True isn't in the kernels yet",) if deterministic else ()
     reasons += tuple(
-        f"{name} isn't in the kernels yet" for name, given in unserved.items() if given
+        f"{name} isn't in the kernels yet"
+        for feature, names in _FEATURES.items()
+        if feature not in _primitives.FEATURES
+        for name in names
+        if getattr(options, name) is not None
     )
     return _Plan(
         q=q,
         k=k,
         v=v,
         spec=spec,
-        extras=extras,
+        limits=arrays.limits(),
+        bias=arrays.scores("bias"),
+        mask=arrays.scores("mask"),
+        sinks=arrays.sinks(),
         implementation=options.implementation,
         reasons=reasons,
         has_batch=has_batch,
     )
 
 
-_REFERENCE_ARRAYS = (
-    "query_seq_lengths",
-    "key_value_seq_lengths",
-    "kv_start",
-    "kv_end",
-    "bias",
-    "mask",
-)
-_NOT_YET = ("sinks", "q_segment_ids", "kv_segment_ids")
-
-
-def _check_not_yet(options: _Options) -> None:
-    given = [name for name in _NOT_YET if getattr(options, name) is not None]
-    if given:
-        raise NotImplementedError(f"fa4_jax: {' and '.join(given)}: not implemented yet; pass None")
-    lengths = [
-        n for n in ("query_seq_lengths", "key_value_seq_lengths") if getattr(options, n) is not None
-    ]
-    if lengths and options.causal_alignment == BOTTOM_RIGHT:
-        raise NotImplementedError(
-            f"fa4_jax: {lengths[0]}: not implemented with causal_alignment={BOTTOM_RIGHT!r}; "
-            f"use {TOP_LEFT!r}, or kv_start and kv_end"
-        )
+# What a kernel has to have, and the keywords that ask for it.
+_FEATURES = {
+    "softcap": ("softcap",),
+    "interval": (
+        "query_seq_lengths",
+        "key_value_seq_lengths",
+        "kv_start",
+        "kv_end",
+        "q_segment_ids",
+        "kv_segment_ids",
+        "cu_seqlens_q",
+    ),
+    "sinks": ("sinks",),
+    "bias": ("bias",),
+    "mask": ("mask",),
+}
 
 
 def _as_arrays(options: _Options, q: Any, k: Any, v: Any, allow_shapes: bool = False) -> tuple:
@@ -574,6 +688,9 @@ def _check_operands(options: _Options, q: _Operand, k: _Operand, v: _Operand) ->
     names = tuple(map(options.name, "qkv"))
     for name, x in zip(names, (q, k, v), strict=True):
         _check_dtype(name, x.dtype)
+        if options.is_packed and len(x.shape) != 3:
+            expected = "rank 3 [total length, heads, head_dim]"
+            raise ValueError(message(name, f"rank {len(x.shape)}, shape {x.shape}", expected))
         if len(x.shape) not in (3, 4):
             expected = "rank 4 [batch, length, heads, head_dim] or rank 3 without batch"
             raise ValueError(message(name, f"rank {len(x.shape)}, shape {x.shape}", expected))
@@ -644,56 +761,137 @@ def _check_shapes(names: tuple[str, ...], q: tuple, k: tuple, v: tuple) -> None:
         raise ValueError(message(q_name, f"{q[-2]} heads in shape {q}", expected))
 
 
-def _extras(options: _Options, q: _Operand, k: _Operand, has_batch: bool) -> Extras:
-    batch, seqlen_q, heads, _ = q.shape
-    seqlen_k = k.shape[1]
-    scores = (batch, heads, seqlen_q, seqlen_k)
-    q_lengths = _integers(options, "query_seq_lengths", (batch,))
-    kv_lengths = _integers(options, "key_value_seq_lengths", (batch,))
-    rows = (batch, seqlen_q)
-    kv_start = _integers(options, "kv_start", rows, has_batch)
-    kv_end = _integers(options, "kv_end", rows, has_batch)
-    if kv_lengths is not None:
-        limit = jnp.broadcast_to(kv_lengths[:, None], rows)
-        kv_end = limit if kv_end is None else jnp.minimum(kv_end, limit)
-    if q_lengths is not None:
-        limit = jnp.where(jnp.arange(seqlen_q) < q_lengths[:, None], seqlen_k, 0)
-        kv_end = limit if kv_end is None else jnp.minimum(kv_end, limit)
-    return Extras(
-        bias=_score_array(options, "bias", scores, has_batch),
-        mask=_score_array(options, "mask", scores, has_batch),
-        kv_start=kv_start,
-        kv_end=kv_end,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Arrays:
+    """Checks the arrays of a call beside q, k and v, and brings them into one form."""
+
+    options: _Options
+    q: _Operand
+    k: _Operand
+    has_batch: bool
+    allow_shapes: bool
+
+    def limits(self) -> Limits:
+        """What says, with values, which keys a query may see."""
+        batch, seqlen_q, seqlen_k = *self.q.shape[:2], self.k.shape[1]
+        q_ids, kv_ids = self._segment_ids((batch, seqlen_q), (batch, seqlen_k))
+        cu_seqlens_q, cu_seqlens_k = self._cu_seqlens(seqlen_q, seqlen_k)
+        return Limits(
+            kv_start=self._bounds("kv_start", (batch, seqlen_q), self.has_batch),
+            kv_end=self._bounds("kv_end", (batch, seqlen_q), self.has_batch),
+            q_segment_ids=q_ids,
+            kv_segment_ids=kv_ids,
+            query_seq_lengths=self._bounds("query_seq_lengths", (batch,)),
+            key_value_seq_lengths=self._bounds("key_value_seq_lengths", (batch,)),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+
+    def scores(self, name: str) -> Any:
+        """`bias` or `mask`: broadcastable to [B, N, T, S] axis by axis, with its four axes."""
+        x = self._array(name)
+        if x is None:
+            return None
+        kind, kind_name = (
+            (np.bool_, "bool") if name == "mask" else (jnp.floating, "a floating dtype")
+        )
+        if not jnp.issubdtype(x.dtype, kind):
+            raise TypeError(message(name, f"dtype {x.dtype}", kind_name))
+        if len(x.shape) < 4:
+            x = _reshape(x, (*(1,) * (4 - len(x.shape)), *x.shape))
+        batch, seqlen_q, heads, _ = self.q.shape
+        full = (batch, heads, seqlen_q, self.k.shape[1])
+        if len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
+            expected = f"{full if self.has_batch else full[1:]} or 1 in place of a size"
+            raise ValueError(message(name, f"shape {x.shape}", expected))
+        return x
+
+    def sinks(self) -> Any:
+        """Floats [N]."""
+        x = self._array("sinks")
+        if x is not None:
+            _check_dtype("sinks", x.dtype)
+            expected = f"({self.q.shape[2]},), one for each query head"
+            self._check_shape("sinks", x, (self.q.shape[2],), expected)
+        return x
+
+    def _segment_ids(self, q_shape: tuple, kv_shape: tuple) -> tuple[Any, Any]:
+        names = ("q_segment_ids", "kv_segment_ids")
+        given = [name for name in names if getattr(self.options, name) is not None]
+        if not given:
+            return None, None
+        if len(given) == 1:
+            (missing,) = set(names) - set(given)
+            raise ValueError(
+                message(missing, "None", f"ids, as {given[0]} has them", "pass both or neither")
+            )
+        q_ids, kv_ids = (
+            self._integers(name, self._ids(name), shape, self.has_batch)
+            for name, shape in zip(names, (q_shape, kv_shape), strict=True)
+        )
+        if q_ids.dtype != kv_ids.dtype:
+            expected = f"q_segment_ids' dtype {q_ids.dtype}"
+            raise ValueError(message("kv_segment_ids", f"dtype {kv_ids.dtype}", expected))
+        return q_ids, kv_ids
+
+    def _ids(self, name: str) -> Any:
+        value, x = getattr(self.options, name), self._array(name)
+        # Where 64-bit types are off, JAX wraps around, and two ids become one.
+        if isinstance(value, np.ndarray) and not np.array_equal(value, value.astype(x.dtype)):
+            raise ValueError(
+                message(name, f"{value.dtype} ids that {x.dtype} can't hold", f"{x.dtype} ids")
+            )
+        return x
+
+    def _cu_seqlens(self, seqlen_q: int, seqlen_k: int) -> tuple[Any, Any]:
+        if not self.options.is_packed:
+            return None, None
+        cu_seqlens_q = _as_array("cu_seqlens_q", self.options.cu_seqlens_q, self.allow_shapes)
+        if len(cu_seqlens_q.shape) != 1 or not cu_seqlens_q.shape[0]:
+            expected = "shape (M + 1,) for M sequences"
+            raise ValueError(message("cu_seqlens_q", f"shape {cu_seqlens_q.shape}", expected))
+        if self.options.cu_seqlens_k is None and seqlen_q != seqlen_k:
+            hint = f"cu_seqlens_q's sequences have {seqlen_q} rows and k has {seqlen_k}"
+            raise ValueError(message("cu_seqlens_k", "None", "the sequences of k and v", hint))
+        shape = cu_seqlens_q.shape
+        return self._bounds("cu_seqlens_q", shape), self._bounds("cu_seqlens_k", shape)
+
+    def _bounds(self, name: str, shape: tuple, has_batch: bool = True) -> Any:
+        """Integers of `shape` as int32 >= 0; whoever reads them knows what they mustn't exceed."""
+        value = getattr(self.options, name)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+            value = _clip(np, value)
+        if value is None:
+            return None
+        x = self._integers(name, _as_array(name, value, self.allow_shapes), shape, has_batch)
+        return x if isinstance(x, jax.ShapeDtypeStruct) else _clip(jnp, x)
+
+    def _integers(self, name: str, x: Any, shape: tuple, has_batch: bool) -> Any:
+        """`x`, checked and with a batch axis; `shape` has one, whether the call's arrays do or
+        not."""
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(message(name, f"dtype {x.dtype}", "an integer dtype"))
+        expected = shape if has_batch else shape[1:]
+        self._check_shape(name, x, expected, f"{expected}")
+        return _reshape(x, shape)
+
+    def _check_shape(self, name: str, x: Any, shape: tuple, expected: str) -> None:
+        if x.shape != shape:
+            raise ValueError(message(name, f"shape {x.shape}", f"shape {expected}"))
+
+    def _array(self, name: str) -> Any:
+        value = getattr(self.options, name)
+        return None if value is None else _as_array(name, value, self.allow_shapes)
 
 
-def _integers(options: _Options, name: str, shape: tuple, has_batch: bool = True) -> Array | None:
-    """An integer array of `shape` (without its batch axis if the call has none), as int32."""
-    value = getattr(options, name)
-    if value is None:
-        return None
-    x = _as_array(name, value)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(message(name, f"dtype {x.dtype}", "an integer dtype"))
-    expected = shape if has_batch else shape[1:]
-    if x.shape != expected:
-        raise ValueError(message(name, f"shape {x.shape}", f"shape {expected}"))
+def _clip(xp: Any, x: Any) -> Any:
+    """`x` as int32 in [0, 2^31 - 1]. On NumPy arrays before JAX has them: it would wrap int64
+    around."""
     bound = min(np.iinfo(np.int32).max, np.iinfo(x.dtype).max)
-    return jnp.clip(x, 0, bound).astype(jnp.int32).reshape(shape)
+    return xp.clip(x, 0, bound).astype(np.int32)
 
 
-def _score_array(options: _Options, name: str, shape: tuple, has_batch: bool) -> Array | None:
-    """`bias` or `mask`: broadcastable to `shape` axis by axis, returned with its four axes."""
-    value = getattr(options, name)
-    if value is None:
-        return None
-    x = _as_array(name, value)
-    kind, kind_name = (np.bool_, "bool") if name == "mask" else (jnp.floating, "a floating dtype")
-    if not jnp.issubdtype(x.dtype, kind):
-        raise TypeError(message(name, f"dtype {x.dtype}", kind_name))
-    if x.ndim < 4:
-        x = x[(None,) * (4 - x.ndim)]
-    if x.ndim != 4 or any(size not in (1, full) for size, full in zip(x.shape, shape, strict=True)):
-        expected = f"{shape if has_batch else shape[1:]} or 1 in place of a size"
-        raise ValueError(message(name, f"shape {x.shape}", expected))
-    return x
+def _reshape(x: _Operand, shape: tuple) -> _Operand:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+    return x.reshape(shape)

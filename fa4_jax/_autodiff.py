@@ -30,10 +30,12 @@ CHECKPOINT_NAME = "context"
 def attention(
     spec: AttentionSpec, use_kernels: bool, q: Array, k: Array, v: Array, extras: Extras = NO_EXTRAS
 ) -> tuple[Array, Array]:
-    """out [B, T, N, V] and lse [B, N, T], differentiable in q, k, v and `extras.bias`.
+    """out [B, T, N, V] and lse [B, N, T], differentiable in q, k, v, `extras.bias` and
+    `extras.sinks`.
 
     `use_kernels` binds the primitives, which take no extras; otherwise the reference runs.
     """
+    assert not use_kernels or all(x is None for x in extras), "the primitives would drop them"
     return _attention(spec, use_kernels, *match_varying((q, k, v, extras)))
 
 
@@ -71,7 +73,21 @@ def _attention_bwd(
         dbias = None
     else:
         dq, dk, dv, dbias = _reference.backward(spec, (q, k, v), (out, lse), (dout, dlse), extras)
-    return dq, dk, dv, Extras(bias=dbias)
+    return dq, dk, dv, Extras(bias=dbias, sinks=_dsinks(extras.sinks, out, lse, dout, dlse))
+
+
+def _dsinks(sinks: Array | None, out: Array, lse: Array, dout: Array, dlse: Array) -> Array | None:
+    """The gradient of `sinks` [N], from nothing but what the forward kept.
+
+    A sink is one more logit of its row, with probability p = exp(sink - lse) and value 0: its
+    derivative is p (dp - dpsum) as any logit's, where dp = dout . 0 and dpsum = out . dout - dlse.
+    """
+    if sinks is None:
+        return None
+    dpsum = jnp.einsum("btnv,btnv->bnt", *(x.astype(lse.dtype) for x in (out, dout))) - dlse
+    # lse is -inf only where there is neither a key nor a sink.
+    p = jnp.exp(sinks.astype(lse.dtype)[:, None] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
+    return -(p * dpsum).sum((0, 2)).astype(sinks.dtype)
 
 
 def _has_backward_kernels(spec: AttentionSpec, q: Array, v: Array) -> bool:

@@ -3,9 +3,10 @@
 
 Each has one static parameter, the `AttentionSpec`. Lowered for CUDA, `forward` is one FFI call and
 `backward` three, with every workspace an extra result that XLA allocates; shapes, dtypes,
-attributes and aliases all come from `_variants.SIGNATURES`. Lowered for anything else they are the
-reference, so that one traced program runs anywhere and exports for several platforms. Nothing here
-asks which GPU a program will run on: C++ chooses the architecture when it runs.
+attributes and aliases all come from `_variants.SIGNATURES`, and head dims that no row has are
+padded with zeros to the next row's. Lowered for anything else they are the reference, so that one
+traced program runs anywhere and exports for several platforms. Nothing here asks which GPU a
+program will run on: C++ chooses the architecture when it runs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from fa4_jax import _ffi, _reference, _variants
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import SIGNATURES, Buffer, DType, Kernel
 
+# What every row of the table computes beside band, scale and lse. Once rows differ, their columns
+# say so, and `missing_kernels` looks for a row with all that a call needs.
+FEATURES: frozenset[str] = frozenset()
+
 BACKWARD_KERNELS = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
 
 forward_p = Primitive("fa4_forward")
@@ -42,28 +47,59 @@ _SCALAR_TYPES = {"f32": np.float32, "i32": np.int32}
 def missing_kernels(
     kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
 ) -> tuple[str, ...]:
-    """Why the table can't serve `kernels` for this dtype and (head_dim, head_dim_v); empty if it
-    can."""
+    """Why the table can't serve `kernels` for this dtype and (head_dim, head_dim_v), with padding;
+    empty if it can."""
     io_dtype = _IO_DTYPES.get(np.dtype(dtype).name)
     if io_dtype is None:
         return (f"dtype {np.dtype(dtype).name} has no kernel (built: {', '.join(_IO_DTYPES)})",)
-    for kernel in kernels:
-        built = _variants.built_head_dims(kernel, io_dtype)
-        if head_dims not in built:
-            choices = ", ".join(map(_head_dims_text, built)) or "none"
-            got = _head_dims_text(head_dims)
+    for i, kernel in enumerate(kernels):
+        if _padded(kernels[: i + 1], io_dtype, head_dims) is None:
+            built = _common_head_dims(kernels[: i + 1], io_dtype)
+            choices = ", ".join(map(head_dims_text, built)) or "none"
+            got = head_dims_text(head_dims)
             return (f"head_dim {got} has no {io_dtype} {kernel} kernel (built: {choices})",)
     return ()
 
 
-def _head_dims_text(head_dims: tuple[int, int]) -> str:
+def padded_head_dims(
+    kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
+) -> tuple[int, int]:
+    """(head_dim, head_dim_v) of the rows that serve a call's: its own, or the cheapest that are
+    no smaller."""
+    padded = _padded(kernels, _IO_DTYPES[np.dtype(dtype).name], head_dims)
+    assert padded, f"missing_kernels refuses head_dims {head_dims}"
+    return padded
+
+
+def _padded(
+    kernels: Sequence[Kernel], io_dtype: DType, head_dims: tuple[int, int]
+) -> tuple[int, int] | None:
+    fitting = (
+        row
+        for row in _common_head_dims(kernels, io_dtype)
+        if row[0] >= head_dims[0] and row[1] >= head_dims[1]
+    )
+    # Work grows with the sum: q k^T has head_dim, p v has head_dim_v.
+    return min(fitting, key=lambda row: (sum(row), row), default=None)
+
+
+def _common_head_dims(kernels: Sequence[Kernel], io_dtype: DType) -> list[tuple[int, int]]:
+    """Pairs that each of `kernels` has a row for."""
+    return sorted(
+        set.intersection(*(set(_variants.built_head_dims(kernel, io_dtype)) for kernel in kernels))
+    )
+
+
+def head_dims_text(head_dims: tuple[int, int]) -> str:
+    """`128`, or `192/128` if v's differs."""
     return str(head_dims[0]) if head_dims[0] == head_dims[1] else f"{head_dims[0]}/{head_dims[1]}"
 
 
 def kernel_names(
     kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
 ) -> tuple[str, ...]:
-    """The arch-free names that a lowered program carries, e.g. `forward_bf16_d128`."""
+    """The arch-free names that a lowered program carries, e.g. `forward_bf16_d128`, of rows with
+    exactly these head dims."""
     io_dtype = _IO_DTYPES[np.dtype(dtype).name]
     return tuple(_variants.kernel_key(kernel, io_dtype, *head_dims) for kernel in kernels)
 
@@ -161,8 +197,10 @@ def _check_varying(name: str, *avals: ShapedArray) -> None:
 def _forward_kernels(q: Array, k: Array, v: Array, *, spec: AttentionSpec) -> Sequence[Array]:
     if _reference.is_empty(q, k):
         return _reference.forward(spec, q, k, v)
-    problem = _Problem.of(*map(jax.typeof, (q, k, v)))
-    return problem.launch(Kernel.forward, spec, q, k, v)
+    head_dim, head_dim_v = padded_head_dims((Kernel.forward,), q.dtype, _head_dims(q, v))
+    qkv = _pad(q, head_dim), _pad(k, head_dim), _pad(v, head_dim_v)
+    out, lse = _Problem.of(*map(jax.typeof, qkv)).launch(Kernel.forward, spec, *qkv)
+    return out[..., : v.shape[-1]], lse
 
 
 def _forward_reference(q: Array, k: Array, v: Array, *, spec: AttentionSpec) -> Sequence[Array]:
@@ -172,11 +210,26 @@ def _forward_reference(q: Array, k: Array, v: Array, *, spec: AttentionSpec) -> 
 def _backward_kernels(q, k, v, out, lse, dout, dlse, *, spec: AttentionSpec) -> Sequence[Array]:
     if _reference.is_empty(q, k):
         return _backward_reference(q, k, v, out, lse, dout, dlse, spec=spec)
-    launch = _Problem.of(*map(jax.typeof, (q, k, v))).launch
+    head_dim, head_dim_v = padded_head_dims(BACKWARD_KERNELS, q.dtype, _head_dims(q, v))
+    qkv = _pad(q, head_dim), _pad(k, head_dim), _pad(v, head_dim_v)
+    out, dout = _pad(out, head_dim_v), _pad(dout, head_dim_v)
+    launch = _Problem.of(*map(jax.typeof, qkv)).launch
     dpsum, lse_log2, dq_accum = launch(Kernel.backward_preprocess, spec, out, dout, lse, dlse)
-    dk, dv, dq_accum = launch(Kernel.backward, spec, q, k, v, dout, lse_log2, dpsum, dq_accum)
+    dk, dv, dq_accum = launch(Kernel.backward, spec, *qkv, dout, lse_log2, dpsum, dq_accum)
     (dq,) = launch(Kernel.backward_postprocess, spec, dq_accum)
-    return dq, dk, dv
+    return dq[..., : q.shape[-1]], dk[..., : q.shape[-1]], dv[..., : v.shape[-1]]
+
+
+def _head_dims(q: Array, v: Array) -> tuple[int, int]:
+    return q.shape[-1], v.shape[-1]
+
+
+def _pad(x: Array, head_dim: int) -> Array:
+    """`x` with zeros up to a row's head dim. They add 0 to logits, and to columns that are cut
+    off."""
+    if x.shape[-1] == head_dim:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])])
 
 
 def _backward_reference(q, k, v, out, lse, dout, dlse, *, spec: AttentionSpec) -> Sequence[Array]:

@@ -6,11 +6,11 @@ The online softmax of FlashAttention (Dao et al. 2022, algorithm 1) and its reco
 are float32 (float64 for float64 inputs); probabilities and dS enter their matrix products in the
 input dtype, as in the kernels. Memory beyond operands and results is O(B N 512 (512 + D)), whatever
 T and S are, and K/V are never repeated for grouped query heads. Blocks outside the band aren't
-visited.
+visited; in a batch of 1, neither are blocks outside the intervals.
 
 It takes more than the kernels do: any floating dtype, any head dims, a softcap, and `Extras`.
-A row that sees no key has out 0, lse -inf and no gradient. T, S or B = 0 is an empty or zero
-result.
+A row that sees no key has out 0, lse -inf (its sink, if there are sinks) and no gradient. T, S or
+B = 0 is an empty or zero result.
 
 `forward` can be differentiated once, through `backward` (see `_autodiff`). Forward-over-reverse
 works; reverse-over-reverse raises JAX's own error about loops with dynamic trip counts.
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from fa4_jax._intervals import BROKEN
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import round_up
 from fa4_jax._varying import match_varying
@@ -64,16 +65,18 @@ def _caller_level() -> int:
 
 
 class Extras(NamedTuple):
-    """What only the reference takes. Dimensions of `bias` and `mask` may be 1, to broadcast."""
+    """Operands of a call beside q, k, v. Dimensions of `bias` and `mask` may be 1, to broadcast."""
 
     bias: Array | None = None
-    """[B, N, T, S], added to the scaled logits. The only differentiable one."""
+    """[B, N, T, S], added to the scaled logits. Differentiable."""
     mask: Array | None = None
     """bool [B, N, T, S], True where a query may see a key."""
     kv_start: Array | None = None
-    """int [B, T]: query i sees keys j >= kv_start[b, i]."""
+    """int32 [B, T]: query i sees keys j >= kv_start[b, i]. `_intervals` says what holds for it."""
     kv_end: Array | None = None
-    """int [B, T]: query i sees keys j < kv_end[b, i]."""
+    """int32 [B, T]: query i sees keys j < kv_end[b, i]. Given if and only if `kv_start` is."""
+    sinks: Array | None = None
+    """[N], in any floating dtype: a logit of each head that has no value. Differentiable."""
 
 
 NO_EXTRAS = Extras()
@@ -92,6 +95,8 @@ def forward(
     if is_empty(q, k):
         out = jnp.zeros((batch, seqlen_q, heads, v.shape[-1]), q.dtype)
         lse = jnp.full((batch, heads, seqlen_q), -jnp.inf, lse_dtype(q.dtype))
+        if extras.sinks is not None:
+            lse = jnp.maximum(lse, extras.sinks.astype(lse.dtype)[:, None])
         return match_varying((out, lse), like=q)
     blocks = _Blocks.of(spec, q, k, v, extras)
 
@@ -117,10 +122,19 @@ def forward(
             jnp.broadcast_to(zeros[..., None], (*zeros.shape, v.shape[-1])),
         )
         row_max, row_sum, acc = lax.fori_loop(*blocks.column_range(i), step, init)
+        if blocks.sinks is not None:
+            highest = jnp.maximum(row_max, blocks.sinks)
+            shift = jnp.where(highest == -jnp.inf, 0, highest)
+            rescale = jnp.exp(row_max - shift)
+            row_sum = row_sum * rescale + jnp.exp(blocks.sinks - shift)
+            row_max, acc = highest, acc * rescale[..., None]
         seen = row_sum > 0
         safe_sum = jnp.where(seen, row_sum, 1)
         out = acc / safe_sum[..., None]
         lse = jnp.where(seen, row_max + jnp.log(safe_sum), -jnp.inf)
+        if blocks.kv_start is not None:
+            broken = blocks.interval_rows(blocks.kv_start, i) == BROKEN
+            out, lse = jnp.where(broken[..., None], jnp.nan, out), jnp.where(broken, jnp.nan, lse)
         return out.astype(q.dtype), lse
 
     out, lse = lax.map(block_row, jnp.arange(blocks.num_rows))
@@ -138,7 +152,7 @@ def backward(
     """dq, dk, dv and dbias (None without a bias), in the dtypes of what they are gradients of.
 
     `operands` (q, k, v), `residuals` (out, lse) and `cotangents` (dout, dlse) are shaped as in
-    `forward`.
+    `forward`. Sinks are in lse already, and their own gradient is `_autodiff`'s.
     """
     operands, residuals, cotangents, extras = match_varying(
         (operands, residuals, cotangents, extras)
@@ -220,6 +234,7 @@ class _Blocks(NamedTuple):
     mask: Array | None  # likewise
     kv_start: Array | None  # [B, rows]
     kv_end: Array | None  # [B, rows]
+    sinks: Array | None  # [K, G, 1]
 
     @classmethod
     def of(cls, spec: AttentionSpec, q: Array, k: Array, v: Array, extras: Extras) -> _Blocks:
@@ -237,6 +252,9 @@ class _Blocks(NamedTuple):
         def interval(x: Array | None) -> Array | None:
             return None if x is None else _pad(x, 1, rows, seqlen_q)
 
+        sinks = extras.sinks
+        if sinks is not None:
+            sinks = sinks.astype(lse_dtype(q.dtype)).reshape(*heads, 1)
         return cls(
             spec=spec,
             seqlen_q=seqlen_q,
@@ -250,6 +268,7 @@ class _Blocks(NamedTuple):
             mask=scores(extras.mask),
             kv_start=interval(extras.kv_start),
             kv_end=interval(extras.kv_end),
+            sinks=sinks,
         )
 
     @property
@@ -259,6 +278,11 @@ class _Blocks(NamedTuple):
     @property
     def num_rows(self) -> int:
         return self.q.shape[3] // self.tile_m
+
+    @property
+    def _has_one_entry(self) -> bool:
+        batch = self.q.shape[0]
+        return type(batch) is int and batch == 1
 
     def matmul(self, equation: str, x: Array, y: Array) -> Array:
         return jnp.einsum(equation, x, y, preferred_element_type=self.acc_dtype)
@@ -273,13 +297,27 @@ class _Blocks(NamedTuple):
         return lax.dynamic_update_slice_in_dim(x, self.columns(x, j) + update, j * self.tile_n, 2)
 
     def column_range(self, i: Array) -> tuple[Array, Array]:
-        """Blocks of columns [first, last) that some row of block `i` sees through the band."""
+        """Blocks of columns [first, last) around all that some row of block `i` sees.
+
+        Through the band, and through the interval of an only batch entry, which packed sequences
+        have. The bounds of several entries would meet in a collective where a mesh splits the
+        batch.
+        """
         lower, upper = self.spec.band(self.seqlen_q, self.seqlen_k)
         first_row = i * self.tile_m
         num_columns = self.k.shape[2] // self.tile_n
         first = (first_row + lower) // self.tile_n
         last = (first_row + self.tile_m - 1 + upper) // self.tile_n + 1
-        return jnp.clip(first, 0, num_columns), jnp.clip(last, 0, num_columns)
+        first, last = jnp.clip(first, 0, num_columns), jnp.clip(last, 0, num_columns)
+        if self.kv_start is not None and self.kv_end is not None and self._has_one_entry:
+            start, end = (self.interval_rows(x, i) for x in (self.kv_start, self.kv_end))
+            empty, broken = start == end, start == BROKEN
+            # The NaN of a broken row has to meet every key.
+            start = jnp.where(broken, 0, jnp.where(empty, self.seqlen_k, start)).min()
+            end = jnp.where(broken, self.seqlen_k, jnp.where(empty, 0, end)).max()
+            first = jnp.maximum(first, start // self.tile_n)
+            last = jnp.minimum(last, (end + self.tile_n - 1) // self.tile_n)
+        return first, last
 
     def logits(self, q_i: Array, i: Array, j: Array) -> tuple[Array, Array | float]:
         """Masked logits [B, K, G, tile_m, tile_n] and their derivative with respect to what is
@@ -298,16 +336,16 @@ class _Blocks(NamedTuple):
         column = j * self.tile_n + jnp.arange(self.tile_n)
         lower, upper = self.spec.band(self.seqlen_q, self.seqlen_k)
         visible = (column >= row + lower) & (column <= row + upper) & (column < self.seqlen_k)
-        if self.kv_start is not None:
-            visible &= column >= self._interval_block(self.kv_start, i)
-        if self.kv_end is not None:
-            visible &= column < self._interval_block(self.kv_end, i)
+        if self.kv_start is not None and self.kv_end is not None:
+            visible &= column >= self.interval_rows(self.kv_start, i)[..., None]
+            visible &= column < self.interval_rows(self.kv_end, i)[..., None]
         if self.mask is not None:
             visible &= self._scores_block(self.mask, i, j)
         return visible
 
-    def _interval_block(self, x: Array, i: Array) -> Array:
-        return lax.dynamic_slice_in_dim(x, i * self.tile_m, self.tile_m, 1)[:, None, None, :, None]
+    def interval_rows(self, x: Array, i: Array) -> Array:
+        """[B, 1, 1, tile_m]: block `i` of `kv_start` or `kv_end`."""
+        return lax.dynamic_slice_in_dim(x, i * self.tile_m, self.tile_m, 1)[:, None, None]
 
     def _scores_block(self, x: Array, i: Array, j: Array) -> Array:
         x = self.rows(x, i) if x.shape[3] != 1 else x

@@ -188,8 +188,6 @@ class Tiles:
     """Depth of the shared-memory ring of the operand that the main loop streams."""
     mma_warpgroups: int = 0
     """Consumer warpgroups; one more loads."""
-    exp2_fma_share: int = 0
-    """Forward: every n-th exponential is computed on the FMA pipe, not on the MUFU; 0: none."""
     scores_ahead: bool = False
     """Backward: issue the next query tile's scores before this tile's dq and dk."""
     split: Split = Split.rows
@@ -283,7 +281,7 @@ VARIANTS: tuple[Variant, ...] = (
         Kernel.forward,
         Arch.sm90a,
         {
-            64: Tiles(tile_m=192, tile_n=128, stages=2, mma_warpgroups=3, exp2_fma_share=16),
+            64: Tiles(tile_m=192, tile_n=128, stages=2, mma_warpgroups=3),
             96: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
             128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
             (192, 128): Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),

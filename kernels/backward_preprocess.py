@@ -19,6 +19,7 @@ from fa4_jax._variants import Variant
 from kernels.common.row_tiles import (
     THREADS,
     VECTOR,
+    RowTile,
     columns_per_pass,
     lanes_per_row,
     row_tile,
@@ -26,6 +27,8 @@ from kernels.common.row_tiles import (
     vector_at,
 )
 from kernels.common.softmax import LOG2_E
+
+BATCH = 4  # vectors of out, and of dout, that a thread has in flight
 
 
 class BackwardPreprocess:
@@ -68,34 +71,49 @@ class BackwardPreprocess:
     ):
         _, heads, padded_rows, _ = dq_accum.shape
         tile = row_tile(padded_rows, heads, self.head_dim_v, self.tile_m)
-        for offset in cutlass.range_constexpr(0, self.tile_m, rows_per_pass(self.head_dim_v)):
-            row = tile.first_row + offset
-            product = Float32(0.0)
-            if row < out.shape[1]:
+        self.zero(dq_accum, tile, padded_rows)
+        lanes = lanes_per_row(self.head_dim_v)
+        step = rows_per_pass(self.head_dim_v)
+        batch = BATCH * columns_per_pass(self.head_dim_v) // self.head_dim_v * step
+        for start in cutlass.range_constexpr(0, self.tile_m, batch):
+            products = cute.make_rmem_tensor(batch // step, Float32)
+            for i in cutlass.range_constexpr(batch // step):
+                # A row past the end reads the last one again: a branch would keep the loads of
+                # these rows from being in flight together.
+                row = cutlass.min(tile.first_row + (start + i * step), out.shape[1] - 1)
                 a = out[tile.batch, row, tile.head, None]
                 b = dout[tile.batch, row, tile.head, None]
-                product = self.dot(a, b, tile.column)
-            product = cute.arch.warp_reduction(
-                product, lambda x, y: x + y, threads_in_group=lanes_per_row(self.head_dim_v)
-            )
-            if tile.column == 0:
-                statistic, log_sum = Float32(0.0), Float32.inf
-                if row < out.shape[1]:
-                    log_sum = lse[tile.batch, tile.head, row]
-                    log_sum = Float32.inf if log_sum == -Float32.inf else log_sum * LOG2_E
-                    statistic = product - dlse[tile.batch, tile.head, row]
-                dpsum[tile.batch, tile.head, row] = statistic
-                lse_log2[tile.batch, tile.head, row] = log_sum
+                products[i] = self.dot(a, b, tile.column)
+            for i in cutlass.range_constexpr(batch // step):
+                row = tile.first_row + (start + i * step)
+                product = cute.arch.warp_reduction(
+                    products[i], lambda x, y: x + y, threads_in_group=lanes
+                )
+                if tile.column == 0:
+                    statistic, log_sum = Float32(0.0), Float32.inf
+                    if row < out.shape[1]:
+                        log_sum = lse[tile.batch, tile.head, row]
+                        log_sum = Float32.inf if log_sum == -Float32.inf else log_sum * LOG2_E
+                        statistic = product - dlse[tile.batch, tile.head, row]
+                    dpsum[tile.batch, tile.head, row] = statistic
+                    lse_log2[tile.batch, tile.head, row] = log_sum
 
-        tile = row_tile(padded_rows, heads, self.head_dim, self.tile_m)
+    @cute.jit
+    def zero(self, dq_accum: cute.Tensor, tile: RowTile, padded_rows: Int32):
+        """Zero the tile's rows of dq_accum, which are contiguous: neighbouring lanes write
+        neighbouring 16 bytes, whatever the head dim. Before anything is read: nobody waits for
+        it."""
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        first_row = block % (padded_rows // self.tile_m) * self.tile_m
+        rows = dq_accum[tile.batch, tile.head, None, None]
+        rows = cute.domain_offset((first_row, 0), rows)
+        elements = self.tile_m * dq_accum.shape[3]
+        flat = cute.make_tensor(rows.iterator, cute.make_layout(elements))
         zeros = cute.make_rmem_tensor(4, Float32)
         zeros.fill(0.0)
-        for offset in cutlass.range_constexpr(0, self.tile_m, rows_per_pass(self.head_dim)):
-            accumulator = dq_accum[tile.batch, tile.head, tile.first_row + offset, None]
-            for start in cutlass.range_constexpr(0, self.head_dim, columns_per_pass(self.head_dim)):
-                for half in cutlass.range_constexpr(0, VECTOR, 4):
-                    piece = vector_at(accumulator, tile.column + (start + half), 4)
-                    cute.autovec_copy(zeros, piece)
+        for start in cutlass.range_constexpr(0, elements, 4 * THREADS):
+            cute.autovec_copy(zeros, vector_at(flat, 4 * thread + start, 4))
 
     @cute.jit
     def dot(self, a: cute.Tensor, b: cute.Tensor, column: Int32) -> Float32:

@@ -61,6 +61,7 @@ from kernels.common.mma_sm90 import (
     issue_gemm,
     make_accumulator,
     rows_and_columns,
+    stage,
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
@@ -466,13 +467,16 @@ class BackwardSm90:
         dv."""
         q_consumer, dout_consumer, k_consumer, v_consumer = consumers
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
-        scores_thread, dq_thread = mma.scores.get_slice(thread), mma.dq.get_slice(thread)
+        # Descriptors are the warpgroup's: from its first thread, which is uniform.
+        first_thread = group * WARPGROUP
+        scores_thread = mma.scores.get_slice(first_thread)
+        dq_thread = mma.dq.get_slice(first_thread)
         f_k = mma.scores.make_fragment_A(scores_thread.partition_A(smem.k))[None, None, None, 0]
         f_v = mma.scores.make_fragment_A(scores_thread.partition_A(smem.v))[None, None, None, 0]
         f_q = mma.scores.make_fragment_B(scores_thread.partition_B(smem.q))
         f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(smem.dout))
-        f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(thread).partition_B(smem.q_t))
-        f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(thread).partition_B(smem.dout_t))
+        f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(first_thread).partition_B(smem.q_t))
+        f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(first_thread).partition_B(smem.dout_t))
         f_ds_t = mma.dq.make_fragment_A(dq_thread.partition_A(smem.ds_t))
         f_k_t = mma.dq.make_fragment_B(dq_thread.partition_B(smem.k_t))[None, None, None, 0]
 
@@ -487,8 +491,8 @@ class BackwardSm90:
         s_dq = slab_pairs(
             smem.dq_flat, dq_layout, mma.dq_slab, (thread % WARPGROUP, group), (DQ_SLAB, DQ_SLAB)
         )
-        s_lse = self.column_statistic(smem.lse_log2, scores_thread)
-        s_dpsum = self.column_statistic(smem.dpsum, scores_thread)
+        s_lse = self.column_statistic(smem.lse_log2, mma.scores.get_slice(thread))
+        s_dpsum = self.column_statistic(smem.dpsum, mma.scores.get_slice(thread))
         scale_log2 = tile.softmax_scale * LOG2_E
         blocks = tile.blocks
 
@@ -498,7 +502,7 @@ class BackwardSm90:
             ds_stage = Int32(0)
             scores = make_accumulator(mma.scores, tile_nm)
             if const_expr(self.scores_ahead):
-                first_q = f_q[None, None, None, q_consumer.wait().index]
+                first_q = stage(f_q, q_consumer.wait())
                 issue_gemm(mma.scores, scores, f_k, first_q, zero=True)
                 warpgroup.wait_group(0)
             for _ in cutlass.range(tile.group, unroll=1):
@@ -508,10 +512,10 @@ class BackwardSm90:
                         q_slot = q_consumer.current_handle()
                         if const_expr(not self.scores_ahead):
                             q_consumer.wait_and_advance()
-                            f_q_m = f_q[None, None, None, q_slot.index]
+                            f_q_m = stage(f_q, q_slot)
                             issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
                         dout_slot = dout_consumer.wait_and_advance()
-                        f_dout_m = f_dout[None, None, None, dout_slot.index]
+                        f_dout_m = stage(f_dout, dout_slot)
                         issue_gemm(mma.scores, dp, f_v, f_dout_m, zero=True)
                         warpgroup.wait_group(1)
                         if const_expr(masked):
@@ -523,12 +527,12 @@ class BackwardSm90:
                         dpsum = s_dpsum[None, None, dout_slot.index]
                         self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
                         ds = to_16_bit(dp, self.dtype)
-                        f_dout_m = f_dout_t[None, None, None, dout_slot.index]
+                        f_dout_m = stage(f_dout_t, dout_slot)
                         issue_gemm(mma.dv, dv, as_a_operand(p), f_dout_m, zero=False)
                         if const_expr(self.scores_ahead):
                             q_consumer.advance()
                             q_next = q_consumer.wait()
-                            f_q_m = f_q[None, None, None, q_next.index]
+                            f_q_m = stage(f_q, q_next)
                             issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
                         cute.copy(ds_copy, ds_copy.retile(ds), s_ds[None, None, None, ds_stage])
                         cute.arch.fence_view_async_shared()
@@ -541,7 +545,7 @@ class BackwardSm90:
                             dout_slot.release()
                         dq = make_accumulator(mma.dq, (self.tile_m, self.head_dim))
                         issue_gemm(mma.dq, dq, f_ds_t[None, None, None, ds_stage], f_k_t, zero=True)
-                        f_q_m = f_q_t[None, None, None, q_slot.index]
+                        f_q_m = stage(f_q_t, q_slot)
                         issue_gemm(mma.dk, dk, as_a_operand(ds), f_q_m, zero=False)
                         if const_expr(not self.scores_ahead):
                             warpgroup.wait_group(2)

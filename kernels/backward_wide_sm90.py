@@ -2,37 +2,36 @@
 """Attention backward for Hopper, head dims whose dk and dv fill one warpgroup's registers each.
 
 Same algorithm and results as `backward_sm90`. There a warpgroup computes all five products for its
-half of the keys and holds its half of dk and dv; from 192 columns on, that is more than 240
-registers a thread. Here the warpgroups divide the products: one makes p and dv, the other dS and
-dk, for all keys of the tile, and each half of dq's columns.
+half of the keys and holds its half of dk and dv; from 192 columns on, that and its scores are more
+than 240 registers a thread. Here the warpgroups divide the products: one makes p and dv, the other
+dS and dk, for all keys of the tile, and each a part of dq's columns.
 
     warps   role            registers
     0       load            24
     1-3     idle            24
     4-7     probabilities   240       p  = exp2(scale_log2 k q^T - lse_log2)     dv += p dout
-    8-11    score gradient  240       dS = p (v dout^T - dpsum)                  dk += dS q
-                            both      dq_accum += dS^T k, half of the columns each
+    8-11    gradients       240       dS = p (v dout^T - dpsum)                  dk += dS q
+                            both      dq_accum += dS^T k
 
     load --[k, v]--> both                        one stage, loaded once
     load --[q, lse_log2]--> both                 `stages` deep
     load --[dout, dpsum]--> both                 `stages` deep
-    probabilities --[p, fp32]--> score gradient  one stage, named barrier P_FULL
-    score gradient --[dS]--> both                one stage, named barrier DS_FULL
+    probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL
+    gradients --[dS]--> both                     one stage, named barrier DS_FULL
 
-Scores are transposed (keys by queries), so p and dS are the register operands of dv and dk, and an
-operand of 64 keys or queries is read by one MMA and not by two of half its size. p goes to the
-other warpgroup in fp32, thread to thread; dS as a tile, for dq. The exponentials of one warpgroup
-run beside the products of the other.
+Scores are transposed (keys by queries), so p and dS are the register operands of dv and dk, and
+each operand of the scores is read by one MMA of 64 by 64 and not by two of half its size, which
+shared memory would bound. p goes to the other warpgroup in fp32, thread to thread; dS as a tile,
+for dq. The two edges need no empty barriers: before P_FULL of the next tile both warpgroups have
+finished this tile's dq, and before DS_FULL of this tile p has been read.
 
-dq goes from registers to global memory by vector reductions: through shared memory and TMA it
-would cost 128 KiB of shared-memory traffic per tile at d=256, half of what all products read, and a
-tile that isn't left. The two edges need no empty barriers: before P_FULL of the next tile both
-warpgroups have finished this tile's dq, and before DS_FULL of this tile p has been read.
+Each warpgroup issues its scores of the next tile before it adds its last part of dq of this one,
+and the probabilities' warpgroup has fewer of dq's columns: its exponentials then run while the
+other's dk and scores keep the tensor cores busy.
 
-Each warpgroup issues its scores of the next tile before it adds its dq of this one, and the
-probability side has fewer of dq's columns: its exponentials then run while the score-gradient
-side's dk and scores keep the tensor cores busy. At d=256 a tile of 64 by 64 is 2,560 cycles of
-these, of which the probability side issues 1,152, and about 2,750 cycles of shared memory.
+dq goes from registers to global memory by vector reductions: through shared memory and TMA it would
+cost 128 KiB of shared-memory traffic per tile at d=256 beside the 256 KiB of all operands, and a
+tile that isn't left.
 """
 
 import functools
@@ -139,9 +138,10 @@ class BackwardWideSm90:
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
         self.registers = register_split(variant.tiles.mma_warpgroups)
-        # (first column, columns) of dq's products: the probability side's one, then the
-        # score-gradient side's, as many columns as its registers hold beside dk and dS. A product
-        # must not start inside a swizzle atom of k, 64 columns, or 32 at d=96.
+        # (first column, columns) of dq's products: the probabilities' one, then the
+        # gradients'. A product must not start inside a swizzle atom of k, 64 columns, or 32 at
+        # d=96. At d=256, one of 128 beside dk and dS makes ptxas serialise every MMA for want of
+        # registers.
         widths = {96: (64, 32), 192: (64, 128), 256: (64, 64, 64, 64)}[self.head_dim]
         self.dq_parts = tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
         assert sum(widths) == self.head_dim

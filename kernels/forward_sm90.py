@@ -57,14 +57,7 @@ from kernels.common.mma_sm90 import (
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.scheduler import TileOrder, place_of, rounds_of, tile_order
-from kernels.common.softmax import (
-    LOG2_E,
-    OnlineSoftmax,
-    finish,
-    make_online_softmax,
-    online_softmax,
-    rescale,
-)
+from kernels.common.softmax import LOG2_E, finish, make_online_softmax, online_softmax, rescale
 
 # Named barriers; 0 is sync_threads. TURN + i is consumer warpgroup i's turn at the tensor cores.
 TURN = 1
@@ -144,7 +137,6 @@ class ForwardSm90:
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
-        self.exp2_fma_share = variant.tiles.exp2_fma_share
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
@@ -232,8 +224,11 @@ class ForwardSm90:
         self.storage = Storage
         seqlen_q, _, heads, batch = q.shape
         seqlen_k, _, kv_heads, _ = k.shape
+        # A band that only one side bounds is longer for some queries than for others.
+        bounded_below, bounded_above = band_lower > -seqlen_q + 1, band_upper < seqlen_k - 1
+        even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
         problem = Problem(
-            order=tile_order(cute.ceil_div(seqlen_q, self.tile_m), heads * batch, num_sms),
+            order=tile_order(cute.ceil_div(seqlen_q, self.tile_m), heads * batch, even, num_sms),
             heads=cute.fast_divmod_create_divisor_v2(heads),
             group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
             seqlen_q=seqlen_q,
@@ -396,7 +391,7 @@ class ForwardSm90:
                 k_slot.release()
                 if blocks.needs_mask(blocks.end - 1):
                     self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile, problem)
-                self.softmax(softmax, scores, scale_log2)
+                online_softmax(softmax, rows_and_columns(scores), scale_log2)
                 probabilities = to_16_bit(scores, self.dtype)
 
                 for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
@@ -425,7 +420,7 @@ class ForwardSm90:
                         if const_expr(masked):
                             n = end - 1 - i
                             self.mask(rows_and_columns(scores), coords, n, tile, problem)
-                        self.softmax(softmax, scores, scale_log2)
+                        online_softmax(softmax, rows_and_columns(scores), scale_log2)
                         warpgroup.wait_group(0)
                         v_slot.release()
                         rescale(acc_rows, softmax.decay)
@@ -452,11 +447,6 @@ class ForwardSm90:
             q_slot.release()
         self.last_turn(group)
         tma_store_wait()
-
-    @cute.jit
-    def softmax(self, state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float32):
-        """`online_softmax` of an accumulator."""
-        online_softmax(state, rows_and_columns(scores), scale_log2, self.exp2_fma_share)
 
     @cute.jit
     def mask(

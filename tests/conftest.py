@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -35,6 +35,16 @@ def _has_cuda() -> bool:
         return bool(jax.devices("cuda"))
     except RuntimeError:
         return False
+
+
+@pytest.fixture(scope="module")
+def small_blocks() -> Iterator[None]:
+    """Blocks of 16 in the reference, so that small shapes have several, whole and ragged."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(_reference, "BLOCK", 16)
+        jax.clear_caches()
+        yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -34,27 +34,55 @@ def visible(
     causal: bool = False,
     causal_alignment: str = "top_left",
     window_size: tuple[int | None, int | None] = (None, None),
+    **arrays: Any,
 ) -> np.ndarray:
-    """bool [T, S]: may query i see key j. Written from the definition, one condition at a time."""
+    """bool [T, S]: may query i see key j. Written from the definition, one condition at a time.
+
+    With arrays (`kv_start`, `kv_end`, segment ids, lengths) it is [B, 1, 1, T, S].
+    """
+    given = {name: np.asarray(x) for name, x in arrays.items() if x is not None}
     i = np.arange(seqlen_q)[:, None]
     j = np.arange(seqlen_k)[None, :]
+    batched = {name: x[:, None, None] if x.ndim == 1 else x for name, x in given.items()}
+    len_q = np.clip(batched.pop("query_seq_lengths", seqlen_q), 0, seqlen_q)
+    len_k = np.clip(batched.pop("key_value_seq_lengths", seqlen_k), 0, seqlen_k)
+    seen = (i < len_q) & (j < len_k)
     # The key that query i is aligned with.
-    aligned = i + (seqlen_k - seqlen_q) if causal_alignment == "bottom_right" else i
-    seen = np.ones((seqlen_q, seqlen_k), bool)
+    aligned = i + (len_k - len_q) if causal_alignment == "bottom_right" else i
     if causal:
-        seen &= ~(j > aligned)
+        seen = seen & ~(j > aligned)
     left, right = window_size
     if left is not None:
-        seen &= ~(j < aligned - left)
+        seen = seen & ~(j < aligned - left)
     if right is not None:
-        seen &= ~(j > aligned + right)
+        seen = seen & ~(j > aligned + right)
+    if "kv_start" in batched:
+        seen = seen & ~(j < batched.pop("kv_start")[:, :, None])
+    if "kv_end" in batched:
+        seen = seen & (j < batched.pop("kv_end")[:, :, None])
+    if "q_segment_ids" in batched:
+        q_ids, kv_ids = batched.pop("q_segment_ids"), batched.pop("kv_segment_ids")
+        seen = seen & (q_ids[:, :, None] == kv_ids[:, None, :])
+    assert not batched, f"unknown arrays {list(batched)}"
+    return seen[:, None, None] if given else seen
+
+
+def visible_packed(
+    cu_seqlens_q: Any, cu_seqlens_k: Any, seqlen_q: int, seqlen_k: int, **band: Any
+) -> np.ndarray:
+    """bool [T, S] of packed sequences: each one's `visible`, where it lies."""
+    seen = np.zeros((seqlen_q, seqlen_k), bool)
+    for m in range(len(cu_seqlens_q) - 1):
+        rows = slice(cu_seqlens_q[m], cu_seqlens_q[m + 1])
+        columns = slice(cu_seqlens_k[m], cu_seqlens_k[m + 1])
+        seen[rows, columns] = visible(*seen[rows, columns].shape, **band)
     return seen
 
 
 def _probabilities(
-    xp: Any, q: Any, k: Any, seen: Any, scale: float, bias: Any, softcap: float | None
+    xp: Any, q: Any, k: Any, seen: Any, scale: float, bias: Any, softcap: float | None, sinks: Any
 ):
-    """(p, lse, dcap) with grouped heads: p [B, K, G, T, S], lse [B, K, G, T]."""
+    """(p, lse, dcap, sinks' p) with grouped heads: p [B, K, G, T, S], lse [B, K, G, T]."""
     x = xp.einsum("btkgd,bskd->bkgts", q, k) * scale
     if bias is not None:
         x = x + bias
@@ -62,12 +90,18 @@ def _probabilities(
     if softcap is not None:
         capped = xp.tanh(x / softcap)
         x, dcap = softcap * capped, 1 - capped**2
+    if sinks is not None:
+        # What a sink is: one more key, whose value is 0.
+        sink = xp.broadcast_to(sinks.reshape(*x.shape[1:3], 1, 1), (*x.shape[:-1], 1))
+        seen = xp.concatenate([xp.broadcast_to(seen, x.shape), sink > -xp.inf], -1)
+        x = xp.concatenate([x, sink], -1)
     any_seen = seen.any(-1)
     highest = xp.where(any_seen, xp.where(seen, x, -xp.inf).max(-1), 0)
     weights = xp.where(seen, xp.exp(xp.where(seen, x - highest[..., None], 0)), 0)
     total = weights.sum(-1)
     lse = xp.where(any_seen, highest + xp.log(xp.where(any_seen, total, 1)), -xp.inf)
-    return weights / xp.where(any_seen, total, 1)[..., None], lse, dcap
+    p = weights / xp.where(any_seen, total, 1)[..., None]
+    return (p, lse, dcap, None) if sinks is None else (p[..., :-1], lse, dcap, p[..., -1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +116,13 @@ class Oracle:
     scale: float
     bias: Any = None
     softcap: float | None = None
+    sinks: Any = None
+    """[N]"""
     xp: Any = np
 
     def forward(self, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
         """out [B, T, N, V] and lse [B, N, T]."""
-        p, lse, _ = self._p(q, k)
+        p, lse, *_ = self._p(q, k)
         out = self.xp.einsum("bkgts,bskv->btkgv", p, v)
         return _ungroup(out), lse.reshape(lse.shape[0], -1, lse.shape[-1])
 
@@ -96,7 +132,7 @@ class Oracle:
         d lse / d logits is p, and a row's out depends on its logits through p alone.
         """
         xp = self.xp
-        p, _, dcap = self._p(q, k)
+        p, _, dcap, _ = self._p(q, k)
         qg, dout = _group(q, k), _group(dout, k)
         dlse = dlse.reshape(*p.shape[:-1])
         dp = xp.einsum("btkgv,bskv->bkgts", dout, v)
@@ -106,9 +142,16 @@ class Oracle:
         dv = xp.einsum("bkgts,btkgv->bskv", p, dout)
         return dq, dk, dv, ds
 
-    def _p(self, q: Any, k: Any) -> tuple[Any, Any, Any]:
+    def dsinks(self, q: Any, k: Any, v: Any, dout: Any, dlse: Any) -> Any:
+        """[N]: the derivative of the logit of the key with value 0, which every row shares."""
+        p, _, _, sink_p = self._p(q, k)
+        dp = self.xp.einsum("btkgv,bskv->bkgts", _group(dout, k), v)
+        ds = sink_p * (0 - (p * dp).sum(-1) + dlse.reshape(sink_p.shape))
+        return ds.sum((0, 3)).reshape(-1)
+
+    def _p(self, q: Any, k: Any) -> tuple:
         return _probabilities(
-            self.xp, _group(q, k), k, self.seen, self.scale, self.bias, self.softcap
+            self.xp, _group(q, k), k, self.seen, self.scale, self.bias, self.softcap, self.sinks
         )
 
 
@@ -121,7 +164,9 @@ def _ungroup(x: Any) -> Any:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def xla_attention(q: Any, k: Any, v: Any, seen: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+def xla_attention(
+    q: Any, k: Any, v: Any, seen: Any, scale: float, sinks: Any = None
+) -> tuple[jax.Array, jax.Array]:
     """The same computation by XLA in the operands' dtype: materialised logits, fp32 softmax.
 
     What `jax.nn.dot_product_attention` does, and lse: products of 16-bit operands accumulated in
@@ -130,9 +175,16 @@ def xla_attention(q: Any, k: Any, v: Any, seen: Any, scale: float) -> tuple[jax.
     """
     x = _einsum32("btkgd,bskd->bkgts", _group(q, k), k) * scale
     any_seen = seen.any(-1)
-    highest = jax.lax.stop_gradient(jnp.where(any_seen, jnp.where(seen, x, -jnp.inf).max(-1), 0))
+    highest = jnp.where(any_seen, jnp.where(seen, x, -jnp.inf).max(-1), 0)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(*x.shape[1:3], 1)
+        highest, any_seen = jnp.maximum(highest, sinks), any_seen | (sinks > -jnp.inf)
+    highest = jax.lax.stop_gradient(highest)
     weights = jnp.where(seen, jnp.exp(jnp.where(seen, x - highest[..., None], 0)), 0)
-    total = jnp.where(any_seen, weights.sum(-1), 1)
+    total = weights.sum(-1)
+    if sinks is not None:
+        total += jnp.exp(sinks - highest)
+    total = jnp.where(any_seen, total, 1)
     lse = jnp.where(any_seen, highest + jnp.log(total), -jnp.inf)
     p = (weights / total[..., None]).astype(v.dtype)
     out = _einsum32("bkgts,bskv->btkgv", p, v)
@@ -188,6 +240,30 @@ def xla_gradients(operands, residuals, cotangents, seen, scale: float) -> tuple[
     dk = _einsum32("bkgts,btkgd->bskd", ds, qg) * scale
     dv = _einsum32("bkgts,btkgv->bskv", p, doutg)
     return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+
+
+def arrays(rng: np.random.Generator, *shapes: tuple, dtype: Any = jnp.float32) -> list[jax.Array]:
+    """Normal ones."""
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def as64(*xs: Any) -> list[np.ndarray]:
+    """Each of them in float64."""
+    return [np.asarray(x, np.float64) for x in xs]
+
+
+def assert_close(result: Any, expected: Any, message: str = "", tolerance: float = 2e-6) -> None:
+    """Both finite or the same infinity, and within `tolerance` of the largest expected
+    magnitude."""
+    result, expected = as64(result, expected)
+    assert result.shape == expected.shape, message
+    assert np.array_equal(np.isfinite(result), np.isfinite(expected)), message
+    finite = np.isfinite(expected)
+    assert np.array_equal(result[~finite], expected[~finite]), message
+    scale = max(1.0, np.abs(expected[finite]).max(initial=0))
+    np.testing.assert_allclose(
+        result[finite], expected[finite], 0, tolerance * scale, err_msg=message
+    )
 
 
 def _einsum32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

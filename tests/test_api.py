@@ -29,6 +29,7 @@ from fa4_jax import (
     dot_product_attention,
     explain,
     flash_attention,
+    flash_attention_varlen,
     is_supported,
 )
 from fa4_jax._spec import AttentionSpec
@@ -109,15 +110,20 @@ def test_the_keywords_are_the_same_in_every_list() -> None:
     keywords = {name: p.default for name, p in signature.items() if p.kind is p.KEYWORD_ONLY}
     fields = {f.name: f.default for f in _api._Options.__dataclass_fields__.values()}
     assert keywords == {name: fields[name] for name in keywords}
-    assert set(fields) - set(keywords) == {"bias", "mask", "names"}
+    others = {"bias", "mask", "cu_seqlens_q", "cu_seqlens_k", "is_packed", "names"}
+    assert set(fields) - set(keywords) == others
     assert set(typing.get_type_hints(_api.AllFlashOptions)) == set(keywords)
+    packed = inspect.signature(flash_attention_varlen).parameters
+    own = {name: p.default for name, p in packed.items() if p.kind is p.KEYWORD_ONLY}
+    assert own == {name: keywords[name] for name in own} | {"causal_alignment": "bottom_right"}
+    assert set(typing.get_type_hints(_api.VarlenOptions)) | {"return_lse"} == set(own)
     ours = inspect.signature(dot_product_attention).parameters
     typed = set(typing.get_type_hints(_api.JaxNnOptions)) | {"return_residual"}
     assert typed == {name for name, p in ours.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def test_every_public_argument_is_documented() -> None:
-    for function in (flash_attention, dot_product_attention):
+    for function in (flash_attention, dot_product_attention, flash_attention_varlen):
         for name in inspect.signature(function).parameters:
             assert f"\n      {name}: " in function.__doc__, name
 
@@ -390,10 +396,15 @@ def test_is_supported_on_a_gpu() -> None:
     assert is_supported(*shapes, causal=True, window_size=(3, None), return_lse=True).ok
     support = is_supported(*shapes, softcap=3.0, deterministic=True, implementation="reference")
     assert not support.ok and len(support.reasons) == 2
-    assert is_supported(q, k, v, sinks=jnp.zeros(4)).reasons == (
-        "sinks: not implemented yet; pass None",
+    ids = [jax.ShapeDtypeStruct((2, length), jnp.int32) for length in (16, 24)]
+    assert is_supported(
+        *shapes, sinks=jnp.zeros(4), q_segment_ids=ids[0], kv_segment_ids=ids[1], kv_end=ids[0]
+    ).reasons == tuple(
+        f"{name} isn't in the kernels yet"
+        for name in ("kv_end", "q_segment_ids", "kv_segment_ids", "sinks")
     )
-    assert "head_dim 40" in is_supported(*operands(head_dim=40)).reasons[0]
+    assert is_supported(*operands(head_dim=40)).ok
+    assert "head_dim 264" in is_supported(*operands(head_dim=264)).reasons[0]
     assert is_supported(*(x[0] for x in (q, k, v))).ok
 
 
@@ -414,7 +425,12 @@ def test_explain_on_a_gpu() -> None:
     assert explain(q, k, v, implementation="reference").startswith("reference: ")
     refusal = explain(q, k, v, softcap=3.0, implementation="fa4")
     assert refusal.startswith("raises NotImplementedError: softcap")
-    assert explain(q, k, v, sinks=q).startswith("raises NotImplementedError: sinks")
+    assert explain(q, k, v, sinks=q[0, 0, :, 0]) == "reference: sinks isn't in the kernels yet"
+    assert explain(*operands(head_dim=40)) == (
+        "fa4: forward_bf16_d64 (head_dim 40 zero-padded to 64); gradient: "
+        "backward_preprocess_bf16_d64, backward_bf16_d64, backward_postprocess_bf16_d64 "
+        "(head_dim 40 zero-padded to 64)"
+    )
 
 
 def test_explain_on_a_cpu() -> None:

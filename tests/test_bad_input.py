@@ -13,8 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import fa4_jax
-from fa4_jax import dot_product_attention, flash_attention, is_supported
+from fa4_jax import (
+    dot_product_attention,
+    flash_attention,
+    flash_attention_varlen,
+    is_supported,
+)
 from fa4_jax._variants import MAX_DIMENSION
 
 
@@ -29,6 +33,7 @@ def ones(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
     return jnp.ones(shape, dtype)
 
 
+IDS = np.zeros((2, 16), np.int32)
 GOOD = {"q": ones(2, 8, 4, 64), "k": ones(2, 16, 2, 64), "v": ones(2, 16, 2, 64)}
 
 
@@ -48,6 +53,17 @@ def fa4(**changes: Any) -> Callable[[], Any]:
 
 def reference(**changes: Any) -> Callable[[], Any]:
     return call(**{"implementation": "reference", **changes})
+
+
+def packed(**changes: Any) -> Callable[[], Any]:
+    """A good call of packed sequences but for `changes`."""
+    arguments = {name: GOOD["k"][0] for name in "qkv"} | {"cu_seqlens_q": np.array([0, 5, 16])}
+    arguments |= changes
+    return functools.partial(
+        flash_attention_varlen,
+        *(arguments.pop(name) for name in (*"qkv", "cu_seqlens_q")),
+        **arguments,
+    )
 
 
 def traced(name: str, value: float) -> Callable[[], Any]:
@@ -160,12 +176,12 @@ WRONG_SHAPES = [
     *(
         Bad(f"head_dim {d} on fa4", fa4(**head_dims(d)), NotImplementedError,
             rf"head_dim {d} has no bf16 forward kernel \(built: {BUILT}\).*implementation=None")
-        for d in (1, 7, 8, 33, 72, 100, 129, 136, 255, 257, 512)
+        for d in (257, 264, 512)
     ),
-    Bad("head_dim 128/64 on fa4", fa4(**head_dims(128, 64)), NotImplementedError,
-        rf"head_dim 128/64 has no bf16 forward kernel \(built: {BUILT}\)"),
-    Bad("head_dim 64/128 on fa4", fa4(**head_dims(64, 128)), NotImplementedError,
-        r"head_dim 64/128 has no bf16 forward kernel"),
+    Bad("head_dim 264/64 on fa4", fa4(**head_dims(264, 64)), NotImplementedError,
+        r"head_dim 264/64 has no bf16 forward kernel \(built: 64, .*\)"),
+    Bad("head_dim 64/264 on fa4", fa4(**head_dims(64, 264)), NotImplementedError,
+        r"head_dim 64/264 has no bf16 forward kernel"),
 ]  # fmt: skip
 
 WRONG_OPTIONS = [
@@ -244,8 +260,8 @@ WRONG_OPTIONS = [
         r"deterministic=True isn't in the kernels yet.*use implementation=None"),
     Bad("softcap on fa4", fa4(softcap=30.0), NotImplementedError,
         r"softcap isn't in the kernels yet"),
-    Bad("two reasons on fa4", fa4(softcap=30.0, **head_dims(100)), NotImplementedError,
-        r"head_dim 100 has no bf16 forward kernel.*; softcap isn't in the kernels yet"),
+    Bad("two reasons on fa4", fa4(softcap=30.0, **head_dims(264)), NotImplementedError,
+        r"head_dim 264 has no bf16 forward kernel.*; softcap isn't in the kernels yet"),
 ]  # fmt: skip
 
 WRONG_ARRAYS = [
@@ -261,19 +277,41 @@ WRONG_ARRAYS = [
         r"key_value_seq_lengths: got shape \(2, 1\), expected shape \(2,\)"),
     Bad("q lengths on fa4", fa4(query_seq_lengths=np.ones(2, int)), NotImplementedError,
         r"query_seq_lengths isn't in the kernels yet"),
-    Bad("lengths bottom-right", reference(key_value_seq_lengths=np.ones(2, int), causal=True,
-        causal_alignment="bottom_right"), NotImplementedError,
-        r"key_value_seq_lengths: not implemented with causal_alignment='bottom_right'; use 't"),
     Bad("kv_start shape", call(kv_start=np.ones(8, int)), ValueError,
         r"kv_start: got shape \(8,\), expected shape \(2, 8\)"),
     Bad("kv_end dtype", call(kv_end=np.ones((2, 8))), TypeError,
         r"kv_end: got dtype float32, expecte"),
     Bad("kv_end on fa4", fa4(kv_end=np.ones((2, 8), int)), NotImplementedError, r"kv_end isn't in"),
-    Bad("sinks", call(sinks=jnp.zeros(4)), NotImplementedError, r"sinks: not implemented yet"),
-    Bad("sinks on the reference", reference(sinks=jnp.zeros(4)), NotImplementedError,
-        r"sinks: not implemented yet"),
-    Bad("segment ids", call(q_segment_ids=jnp.ones((2, 8)), kv_segment_ids=jnp.ones((2, 16))),
-        NotImplementedError, r"q_segment_ids and kv_segment_ids: not implemented yet"),
+    Bad("kv_start traced float", traced("kv_start", 1.0), TypeError,
+        r"kv_start: got dtype float32, expected an integer dtype"),
+    Bad("sinks shape", call(sinks=jnp.zeros(2)), ValueError,
+        r"sinks: got shape \(2,\), expected shape \(4,\), one for each query head"),
+    Bad("sinks rank 2", call(sinks=jnp.zeros((2, 4))), ValueError, r"sinks: got shape \(2, 4\)"),
+    Bad("sinks int", call(sinks=jnp.zeros(4, int)), TypeError,
+        r"sinks: got dtype int32, expected a floating dtype"),
+    Bad("sinks fp8", call(sinks=jnp.zeros(4, jnp.float8_e4m3fn)), NotImplementedError,
+        r"sinks: got dtype float8_e4m3fn, expected bfloat16"),
+    Bad("sinks float", call(sinks=0.0), TypeError, r"sinks: got float, expected a jax\.Array"),
+    Bad("sinks on fa4", fa4(sinks=jnp.zeros(4)), NotImplementedError, r"sinks isn't in the ker"),
+    Bad("segment ids float", call(q_segment_ids=jnp.ones((2, 8)), kv_segment_ids=IDS),
+        TypeError, r"q_segment_ids: got dtype float32, expected an integer dtype"),
+    Bad("segment ids shape", call(q_segment_ids=IDS, kv_segment_ids=IDS), ValueError,
+        r"q_segment_ids: got shape \(2, 16\), expected shape \(2, 8\)"),
+    Bad("segment ids of kv only", call(kv_segment_ids=IDS), ValueError,
+        r"q_segment_ids: got None, expected ids, as kv_segment_ids has them; pass both or neither"),
+    Bad("segment ids of q only", jax_nn(q_segment_ids=IDS[:, :8]), ValueError,
+        r"kv_segment_ids: got None, expected ids, as q_segment_ids has them"),
+    Bad("segment ids of two dtypes",
+        call(q_segment_ids=IDS[:, :8], kv_segment_ids=IDS.astype(np.int8)), ValueError,
+        r"kv_segment_ids: got dtype int8, expected q_segment_ids' dtype int32"),
+    Bad("segment ids beyond int32",
+        call(q_segment_ids=IDS[:, :8], kv_segment_ids=IDS.astype(np.int64) + 2**40), ValueError,
+        r"kv_segment_ids: got int64 ids that int32 can't hold, expected int32 ids"),
+    Bad("segment ids list", call(q_segment_ids=[[1]], kv_segment_ids=IDS), TypeError,
+        r"q_segment_ids: got list, expected a jax\.Array"),
+    Bad("segment ids on fa4", fa4(q_segment_ids=IDS[:, :8], kv_segment_ids=IDS),
+        NotImplementedError,
+        r"q_segment_ids isn't in the kernels yet; kv_segment_ids isn't in the kernels yet"),
     Bad("bias on fa4", jax_nn(bias=ones(2, 4, 8, 16), implementation="fa4"), NotImplementedError,
         r"bias isn't in the kernels yet"),
     Bad("mask on fa4", jax_nn(mask=np.ones((1, 1, 8, 16), bool), implementation="fa4"),
@@ -288,11 +326,33 @@ WRONG_ARRAYS = [
     Bad("mask float", jax_nn(mask=ones(2, 1, 8, 16)), TypeError,
         r"mask: got dtype bfloat16, expected bool"),
     Bad("mask of flash_attention", call(mask=np.ones((2, 1, 8, 16), bool)), TypeError, r"mask"),
-    Bad("varlen", lambda: fa4_jax.flash_attention_varlen(*GOOD.values(), np.array([0, 8])),
-        NotImplementedError, r"flash_attention_varlen isn't implemented yet; use flash_attention"),
 ]  # fmt: skip
 
-TABLE = WRONG_OBJECTS + WRONG_DTYPES + WRONG_SHAPES + WRONG_OPTIONS + WRONG_ARRAYS
+WRONG_PACKING = [
+    Bad("packed rank 4", packed(q=GOOD["q"]), ValueError,
+        r"q: got rank 4, shape \(2, 8, 4, 64\), expected rank 3 \[total length, heads, head_dim\]"),
+    Bad("packed lengths", packed(q=GOOD["q"][0]), ValueError,
+        r"cu_seqlens_k: got None, .*; cu_seqlens_q's sequences have 8 rows and k has 16"),
+    Bad("cu_seqlens None", packed(cu_seqlens_q=None), TypeError, r"cu_seqlens_q: got NoneType"),
+    Bad("cu_seqlens list", packed(cu_seqlens_q=[0, 8]), TypeError,
+        r"cu_seqlens_q: got list, expected a jax\.Array"),
+    Bad("cu_seqlens rank 0", packed(cu_seqlens_q=np.array(3)), ValueError,
+        r"cu_seqlens_q: got shape \(\), expected shape \(M \+ 1,\) for M sequences"),
+    Bad("cu_seqlens empty", packed(cu_seqlens_q=np.zeros(0, int)), ValueError,
+        r"cu_seqlens_q: got shape \(0,\), expected shape \(M \+ 1,\)"),
+    Bad("cu_seqlens float", packed(cu_seqlens_q=np.zeros(3)), TypeError,
+        r"cu_seqlens_q: got dtype float32, expected an integer dtype"),
+    Bad("cu_seqlens_k shape", packed(cu_seqlens_k=np.zeros(4, int)), ValueError,
+        r"cu_seqlens_k: got shape \(4,\), expected shape \(3,\)"),
+    Bad("cu_seqlens_k dtype", packed(cu_seqlens_k=np.zeros(3, bool)), TypeError,
+        r"cu_seqlens_k: got dtype bool, expected an integer dtype"),
+    Bad("packed on fa4", packed(implementation="fa4"), NotImplementedError,
+        r"cu_seqlens_q isn't in the kernels yet; use implementation=None"),
+    Bad("packed heads", packed(q=ones(16, 3, 64)), ValueError, r"q: got 3 heads .*a multiple of k"),
+    Bad("packed window", packed(window_size=(-1, 0)), ValueError, r"window_size\[0\]: got -1"),
+]  # fmt: skip
+
+TABLE = WRONG_OBJECTS + WRONG_DTYPES + WRONG_SHAPES + WRONG_OPTIONS + WRONG_ARRAYS + WRONG_PACKING
 
 
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.id)

@@ -15,6 +15,7 @@ possible: results have no operands to alias.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -311,6 +312,21 @@ def test_scales(scale: float, worst: dict) -> None:
     masks = {name: MASKS[name] for name in ("full", "causal_bottom_right")}
     grads = cotangents(rng, shapes, row.dtype.numpy_name)
     check_masks(worst, f"{row.name} scale {scale}", operands, grads, masks, scale)
+
+
+@pytest.mark.parametrize(
+    "head_dims", [(1, 1), (32, 32), (80, 80), (96, 64), (40, 100), (127, 128)], ids=str
+)
+def test_head_dims_without_a_row(head_dims: tuple[int, int], worst: dict) -> None:
+    """Zero-padded to a row's."""
+    row = dataclasses.replace(first_row(), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    dtype = row.dtype.numpy_name
+    rng = np.random.default_rng(head_dims)
+    shapes = case_shapes(row, (200, 300), "gqa4")
+    operands = inputs("normal", rng, shapes, dtype)
+    masks = {name: MASKS[name] for name in ("full", "causal_bottom_right")}
+    label = f"{dtype} {head_dims}"
+    check_masks(worst, label, operands, cotangents(rng, shapes, dtype), masks)
 
 
 def first_row() -> Variant:

@@ -12,6 +12,9 @@ import pytest
 from reference import (
     FAMILIES,
     Oracle,
+    arrays,
+    as64,
+    assert_close,
     failures,
     inputs,
     judge,
@@ -20,7 +23,7 @@ from reference import (
     xla_gradients,
 )
 
-from fa4_jax import _reference, dot_product_attention, flash_attention
+from fa4_jax import dot_product_attention, flash_attention
 
 BANDS = {
     "full": {},
@@ -35,36 +38,7 @@ BANDS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks():
-    """Blocks of 16, so that small shapes have several, whole and ragged."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(_reference, "BLOCK", 16)
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
-
-
-def arrays(rng: np.random.Generator, *shapes: tuple, dtype=jnp.float32) -> list[jax.Array]:
-    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
-
-
-def as64(*xs) -> list[np.ndarray]:
-    return [np.asarray(x, np.float64) for x in xs]
-
-
-def assert_close(result, expected, message: str = "", tolerance: float = 2e-6) -> None:
-    """Both finite or the same infinity, and within `tolerance` of the largest expected
-    magnitude."""
-    result, expected = as64(result, expected)
-    assert result.shape == expected.shape, message
-    assert np.array_equal(np.isfinite(result), np.isfinite(expected)), message
-    finite = np.isfinite(expected)
-    assert np.array_equal(result[~finite], expected[~finite]), message
-    scale = max(1.0, np.abs(expected[finite]).max(initial=0))
-    np.testing.assert_allclose(
-        result[finite], expected[finite], 0, tolerance * scale, err_msg=message
-    )
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 def all_gradients(attention, q, k, v, dout, dlse):

@@ -110,15 +110,14 @@ def load_operands(
     q_producer, k_producer, v_producer, dout_producer = producers
     blocks = tile.blocks
     if blocks.end > blocks.begin:
-        for atom, source, target, producer in (
-            (atoms.k, gmem.k, smem.k, k_producer),
-            (atoms.v, gmem.v, smem.v, v_producer),
-        ):
-            source = source[None, None, tile.kv_head, tile.batch]
-            source = cute.local_tile(source, _stage_shape(target), (tile.n_block, 0))
-            target, source = tma_tiles(atom, target, source)
-            slot = producer.acquire_and_advance()
-            cute.copy(atom, source, target[None, 0], tma_bar_ptr=slot.barrier)
+        g_k = gmem.k[None, None, tile.kv_head, tile.batch]
+        g_v = gmem.v[None, None, tile.kv_head, tile.batch]
+        g_k = cute.local_tile(g_k, _stage_shape(smem.k), (tile.n_block, 0))
+        g_v = cute.local_tile(g_v, _stage_shape(smem.v), (tile.n_block, 0))
+        s_k, g_k = tma_tiles(atoms.k, smem.k, g_k)
+        s_v, g_v = tma_tiles(atoms.v, smem.v, g_v)
+        slot = k_producer.acquire_and_advance()
+        cute.copy(atoms.k, g_k, s_k[None, 0], tma_bar_ptr=slot.barrier)
         for h in cutlass.range(tile.group, unroll=1):
             head = tile.kv_head * tile.group + h
             g_q = gmem.q[None, None, head, tile.batch]
@@ -138,6 +137,9 @@ def load_operands(
                 cute.copy(atoms.q, g_q[None, m], s_q[None, i], tma_bar_ptr=barrier)
                 with cute.arch.elect_one():
                     cute.copy(bulk, g_lse[None, m], s_lse[None, i], mbar_ptr=barrier)
+                if (h == 0) & (m == blocks.begin):  # behind q: the first scores don't need it
+                    slot = v_producer.acquire_and_advance()
+                    cute.copy(atoms.v, g_v, s_v[None, 0], tma_bar_ptr=slot.barrier)
                 slot = dout_producer.acquire_and_advance()
                 i, barrier = slot.index, slot.barrier
                 cute.copy(atoms.dout, g_dout[None, m], s_dout[None, i], tma_bar_ptr=barrier)

@@ -6,6 +6,8 @@ A tile is a block of one head; later blocks are longer (a causal band), or all a
 wanted: equal sums for all CTAs, the longest tiles early, and CTAs that run at the same time reading
 the same few heads, so that these stay in the L2.
 
+Where all are alike, head after head, round after round, is all of it. Else:
+
     pairs     Two heads at a time: block M-1-j of the first, then block j of the second. Every pair
               costs the same and a round of them covers few heads. A CTA takes one pair every two
               rounds.
@@ -31,7 +33,8 @@ class TileOrder(NamedTuple):
     """The order as kernel arguments: computed on the host, where divisions are cheap."""
 
     blocks: cute.FastDivmodDivisorV2  # blocks per head
-    single_heads: cute.FastDivmodDivisorV2
+    even: Int32  # 1: all blocks of a head are alike
+    single_heads: cute.FastDivmodDivisorV2  # if even, blocks again
     ctas: Int32
     paired_rounds: Int32
     pairs: Int32  # of blocks of the paired heads
@@ -47,16 +50,17 @@ class Place(NamedTuple):
     head: Int32
 
 
-def tile_order(blocks: Int32, heads: Int32, num_sms: Int32) -> TileOrder:
-    """The order of `blocks` x `heads` tiles for min(tiles, num_sms) CTAs."""
+def tile_order(blocks: Int32, heads: Int32, even: Int32, num_sms: Int32) -> TileOrder:
+    """The order of `blocks` x `heads` tiles for min(tiles, num_sms) CTAs; `even` is 0 or 1."""
     tiles = blocks * heads
     ctas = cutlass.min(tiles, num_sms)
-    pair_rounds = cutlass.max(tiles // (2 * ctas) - 1, 0)
+    pair_rounds = cutlass.max(tiles // (2 * ctas) - 1, 0) * (1 - even)
     head_pairs = pair_rounds * ctas // blocks
     single_heads = heads - 2 * head_pairs
     return TileOrder(
         blocks=cute.fast_divmod_create_divisor_v2(blocks),
-        single_heads=cute.fast_divmod_create_divisor_v2(single_heads),
+        even=even,
+        single_heads=cute.fast_divmod_create_divisor_v2(even * blocks + (1 - even) * single_heads),
         ctas=ctas,
         paired_rounds=2 * pair_rounds,
         pairs=head_pairs * blocks,
@@ -89,6 +93,8 @@ def place_of(order: TileOrder, cta: Int32, round_: Int32) -> Place:
     single = paired_single if in_pairs else snaked
     head_pair, j = divmod(pair, order.blocks)
     rank, single_head = divmod(single, order.single_heads)
+    if order.even == 1:
+        rank, single_head = single_head, rank
     last = order.blocks.divisor - 1
     of_pair = in_pairs & (pair < order.pairs)
     descending = last - j if of_pair else last - rank

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Float32, cute
 
-from kernels.common.fast_math import exp2_by_fma
 from kernels.common.mma_sm90 import LANES_PER_ROW
 
 LOG2_E = math.log2(math.e)
@@ -50,36 +49,19 @@ def row_maximum(scores: cute.Tensor, row: int, initial: Float32) -> Float32:
 
 
 @cute.jit
-def exp2_row(row: cute.Tensor, fma_share: cutlass.Constexpr):
-    """row <- exp2(row); every `fma_share`-th element without the MUFU, none if 0."""
-    for c in cutlass.range_constexpr(cute.size(row)):
-        if cutlass.const_expr(fma_share > 0 and c % fma_share == fma_share - 1):
-            row[c] = exp2_by_fma(row[c])
-        else:
-            row[c] = cute.math.exp2(row[c], fastmath=True)
-
-
-@cute.jit
-def online_softmax(
-    state: OnlineSoftmax,
-    scores: cute.Tensor,
-    scale_log2: Float32,
-    exp2_fma_share: cutlass.Constexpr = 0,
-):
+def online_softmax(state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float32):
     """scores (rows, columns), raw q k^T with -inf where masked -> exp2(scale_log2 * (scores -
     maximum)).
 
     Updates the state and leaves in `state.decay` the factor for everything accumulated so far.
-    `exp2_fma_share`: see `Tiles`.
     """
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         new_max = row_maximum(scores, r, state.row_max[r])
         # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
         shift = Float32(0.0) if new_max == -Float32.inf else new_max * -scale_log2
         # Sums, not differences: only those become fma in the PTX, and ptxas would fuse either.
-        scores[r, None].store(scores[r, None].load() * scale_log2 + shift)
-        exp2_row(scores[r, None], exp2_fma_share)
-        probabilities = scores[r, None].load()
+        probabilities = cute.math.exp2(scores[r, None].load() * scale_log2 + shift, fastmath=True)
+        scores[r, None].store(probabilities)
         state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 + shift, fastmath=True)
         total = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
         state.row_sum[r] = state.row_sum[r] * state.decay[r] + total

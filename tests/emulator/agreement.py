@@ -82,8 +82,9 @@ def operands(variant: Variant, case: Case) -> list[jnp.ndarray]:
     dtype = jnp.dtype(variant.dtype.numpy_name)
     q_shape = (case.batch, case.length, case.heads, variant.head_dim)
     k_shape = (case.batch, case.length, case.kv_heads, variant.head_dim)
-    q, k, v = inputs(case.family, rng, (q_shape, k_shape, k_shape), dtype)
-    dout = jnp.asarray(rng.standard_normal(q_shape), dtype)
+    v_shape = (*k_shape[:3], variant.head_dim_v)
+    q, k, v = inputs(case.family, rng, (q_shape, k_shape, v_shape), dtype)
+    dout = jnp.asarray(rng.standard_normal((*q_shape[:3], variant.head_dim_v)), dtype)
     dlse = rng.standard_normal((case.batch, case.heads, case.length), np.float32)
     return [q, k, v, dout, jnp.asarray(dlse)]
 

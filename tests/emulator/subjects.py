@@ -109,9 +109,9 @@ def _tensors(variant: Variant, problem: Problem) -> tuple:
     dtype = jnp.dtype(variant.dtype.numpy_name)
     q_shape = (problem.batch, problem.seqlen_q, problem.heads, variant.head_dim)
     k_shape = (problem.batch, problem.seqlen_k, problem.kv_heads, variant.head_dim)
-    q, k, v, dout = (
-        jnp.asarray(rng.standard_normal(s), dtype) for s in (q_shape, k_shape, k_shape, q_shape)
-    )
+    v_shape, dout_shape = ((*shape[:3], variant.head_dim_v) for shape in (k_shape, q_shape))
+    shapes = (q_shape, k_shape, v_shape, dout_shape)
+    q, k, v, dout = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
     dlse_shape = (problem.batch, problem.heads, problem.seqlen_q)
     return q, k, v, dout, rng.standard_normal(dlse_shape).astype(np.float32)
 

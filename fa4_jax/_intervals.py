@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interval: which keys a query may see, as far as values rather than static numbers say it.
+
+Everything such that a call may carry (bounds, lengths, segment ids, packed sequences) becomes one
+pair of int32 arrays [B, T] here: query i of batch b sees keys j with kv_start[b, i] <= j <
+kv_end[b, i] that the static band of its `AttentionSpec` lets through too.
+
+What the arrays promise to whoever reads them: 0 <= kv_start <= kv_end <= S, whatever values the
+caller's arrays hold, so a row with kv_start == kv_end sees nothing. One exception: a row with
+kv_start == kv_end == `BROKEN` sees nothing and its out and lse are NaN. It stands for segment ids
+that no interval can express, which mustn't come back as numbers.
+
+Work and memory are O((T + S) log S) for segment ids, O(T log M) for M packed sequences and O(T)
+else, for each batch entry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from fa4_jax._spec import BOTTOM_RIGHT, TOP_LEFT, AttentionSpec
+
+BROKEN = -1
+
+
+class Limits(NamedTuple):
+    """The caller's arrays, with a batch axis. All but the ids are int32 and >= 0; None says
+    nothing."""
+
+    kv_start: Array | None = None
+    """[B, T]"""
+    kv_end: Array | None = None
+    """[B, T]"""
+    q_segment_ids: Array | None = None
+    """[B, T], any integer dtype; None if and only if `kv_segment_ids` is."""
+    kv_segment_ids: Array | None = None
+    """[B, S], the same dtype."""
+    query_seq_lengths: Array | None = None
+    """[B]"""
+    key_value_seq_lengths: Array | None = None
+    """[B]"""
+    cu_seqlens_q: Array | None = None
+    """[M + 1]: sequence m is rows [cu_seqlens_q[m], cu_seqlens_q[m + 1]) of the only batch
+    entry."""
+    cu_seqlens_k: Array | None = None
+    """[M + 1], or None: sequences have the same rows in keys as in queries."""
+
+
+def resolve(
+    spec: AttentionSpec, limits: Limits, seqlen_q: int, seqlen_k: int
+) -> tuple[AttentionSpec, tuple[Array, Array] | None]:
+    """The band and the interval (kv_start, kv_end) that say what `spec` and `limits` say.
+
+    A band that is aligned with each sequence's own end, or with a sequence's place among packed
+    keys, is a different one for each sequence. It moves into the interval, and the spec comes back
+    without it. Any other band stays where kernels know its block range when they are launched.
+    """
+    if all(x is None for x in limits) or 0 in (seqlen_q, seqlen_k):
+        return spec, None
+    has_lengths = limits.query_seq_lengths is not None or limits.key_value_seq_lengths is not None
+    bottom_right = spec.alignment == BOTTOM_RIGHT
+    moves = limits.cu_seqlens_k is not None or (has_lengths and bottom_right)
+    window = (spec.window_left, spec.window_right) if moves else (None, None)
+    interval = _interval(limits, (seqlen_q, seqlen_k), window, bottom_right)
+    if moves:
+        spec = dataclasses.replace(spec, window_left=None, window_right=None, alignment=TOP_LEFT)
+    return spec, interval
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _interval(
+    limits: Limits, lengths: tuple[int, int], window: tuple, bottom_right: bool
+) -> tuple[Array, Array]:
+    seqlen_q, seqlen_k = lengths
+    start, end = _sequences(limits, lengths, window, bottom_right)
+    if limits.kv_start is not None:
+        start = jnp.maximum(start, jnp.minimum(limits.kv_start, seqlen_k))
+    if limits.kv_end is not None:
+        end = jnp.minimum(end, limits.kv_end)
+    broken = None
+    if limits.q_segment_ids is not None and limits.kv_segment_ids is not None:
+        first, last, contiguous = _segments(limits.q_segment_ids, limits.kv_segment_ids)
+        start, end = jnp.maximum(start, first), jnp.minimum(end, last)
+        # A row that sees no key of its segment anyway needs no run.
+        broken = ~contiguous & (start < end)
+    rows = jnp.zeros(seqlen_q, jnp.int32)
+    start, end, _ = jnp.broadcast_arrays(start, jnp.maximum(start, end), rows)
+    if broken is not None:
+        start, end = (jnp.where(broken, BROKEN, x) for x in (start, end))
+    return start, end
+
+
+def _sequences(
+    limits: Limits, lengths: tuple[int, int], window: tuple, bottom_right: bool
+) -> tuple[Array, Array]:
+    """[start, end) of what `cu_seqlens` or lengths, and a band of each sequence, leave visible."""
+    seqlen_q, seqlen_k = lengths
+    row = jnp.arange(seqlen_q, dtype=jnp.int32)[None]
+    # No side of a window reaches further than this, and sums stay within int32.
+    window = tuple(None if side is None else min(side, max(lengths)) for side in window)
+    if limits.cu_seqlens_q is not None:
+        cu_q = _monotone(limits.cu_seqlens_q, seqlen_q)
+        cu_k = cu_q if limits.cu_seqlens_k is None else _monotone(limits.cu_seqlens_k, seqlen_k)
+        # The last sequence that starts at or before a row: the one that isn't empty.
+        sequence = _count(jnp.less_equal, cu_q, row) - 1
+
+        def bounds(cu: Array) -> tuple[Array, Array]:
+            # For a row before the first sequence or after the last, both are the same end.
+            first, last = (_take(cu, sequence + i) for i in (0, 1))
+            return first, last - first
+
+        (first_q, len_q), (first_k, len_k) = bounds(cu_q), bounds(cu_k)
+        start, end = _band(row - first_q, len_q, len_k, window, bottom_right)
+        return first_k + start, first_k + end
+    len_q, len_k = jnp.int32(seqlen_q), jnp.int32(seqlen_k)
+    if limits.query_seq_lengths is not None:
+        len_q = jnp.minimum(limits.query_seq_lengths, seqlen_q)[:, None]
+    if limits.key_value_seq_lengths is not None:
+        len_k = jnp.minimum(limits.key_value_seq_lengths, seqlen_k)[:, None]
+    start, end = _band(row, len_q, len_k, window, bottom_right)
+    # Without query lengths every row is one of the sequence.
+    return start, end if limits.query_seq_lengths is None else jnp.where(row < len_q, end, 0)
+
+
+def _band(
+    row: Array, len_q: Array, len_k: Array, window: tuple, bottom_right: bool
+) -> tuple[Array, Array]:
+    """[start, end) of the keys that a row sees among the `len_k` of its sequence, counted there."""
+    left, right = window
+    aligned = row + (len_k - len_q) if bottom_right else row
+    start = jnp.int32(0) if left is None else jnp.clip(aligned - left, 0, len_k)
+    end = len_k if right is None else jnp.clip(aligned + right + 1, 0, len_k)
+    return start, end
+
+
+def _monotone(cu_seqlens: Array, total: int) -> Array:
+    """[1, M + 1]: any integers as offsets of sequences, <= total and none before its
+    predecessor."""
+    return lax.cummax(jnp.minimum(cu_seqlens, total))[None]
+
+
+def _segments(q_ids: Array, kv_ids: Array) -> tuple[Array, Array, Array]:
+    """For each query, [first, last) around the keys with its id, and whether all there have it."""
+    seqlen_k = kv_ids.shape[1]
+    # Made from the ids, positions are sharded and vary over a mesh as those do, which a sort needs.
+    position = jnp.zeros_like(kv_ids, jnp.int32) + jnp.arange(seqlen_k, dtype=jnp.int32)
+    # Stable: an id's positions stay in order.
+    ids, position = lax.sort((kv_ids, position), dimension=1, num_keys=1)
+    low, high = _count(jnp.less, ids, q_ids), _count(jnp.less_equal, ids, q_ids)
+    found = high > low
+    first = jnp.where(found, _take(position, low), 0)
+    last = jnp.where(found, _take(position, high - 1) + 1, 0)
+    return first, last, last - first == high - low
+
+
+def _count(compare: Callable[[Array, Array], Array], x: Array, than: Array) -> Array:
+    """How many of `x` [B, S], in order, are less (or equal) than each of `than` [B, T].
+
+    A binary search, as `jnp.searchsorted`, which refuses a batch that is sharded over an explicit
+    mesh (JAX 0.10).
+    """
+    size = x.shape[1]
+    count = jnp.zeros_like(than, jnp.int32)
+    for bit in reversed(range(size.bit_length())):
+        more = count + (1 << bit)
+        count = jnp.where((more <= size) & compare(_take(x, more - 1), than), more, count)
+    return count
+
+
+def _take(x: Array, index: Array) -> Array:
+    """x[b, index[b, i]], at the nearest index that there is."""
+    return jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1), axis=1)
