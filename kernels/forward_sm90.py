@@ -53,6 +53,7 @@ from kernels.common.mma_sm90 import (
     make_accumulator,
     round_into,
     rows_and_columns,
+    stage,
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
@@ -351,9 +352,7 @@ class ForwardSm90:
         """Scores, softmax and out of this warpgroup's 64 rows of every tile."""
         q_consumer, k_consumer, v_consumer = consumers
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
-        # Descriptors are made from the warpgroup's first thread and from slots that every path
-        # advances alike: ptxas then computes them in uniform registers. Else 60 to 70 of a key
-        # tile's 490 to 550 instructions are moves (R2UR) and additions between the MMAs.
+        # Descriptors are the warpgroup's: from its first thread, which is uniform.
         first_thread = group * WARPGROUP
         scores_thread = mma.scores.get_slice(first_thread)
         out_thread = mma.out.get_slice(first_thread)
@@ -376,16 +375,11 @@ class ForwardSm90:
             q_slot = q_consumer.wait_and_advance()
 
             if blocks.end > blocks.begin:
+                q_tile = stage(f_q, q_slot)
                 scores = make_accumulator(mma.scores, tile_mn)
                 k_slot = k_consumer.wait_and_advance()
                 self.wait_turn(group)
-                issue_gemm(
-                    mma.scores,
-                    scores,
-                    f_q[None, None, None, q_slot.index],
-                    f_k[None, None, None, k_slot.index],
-                    zero=True,
-                )
+                issue_gemm(mma.scores, scores, q_tile, stage(f_k, k_slot), zero=True)
                 self.pass_turn(group)
                 warpgroup.wait_group(0)
                 k_slot.release()
@@ -399,19 +393,13 @@ class ForwardSm90:
                         scores = make_accumulator(mma.scores, tile_mn)
                         k_slot = k_consumer.wait_and_advance()
                         self.wait_turn(group)
-                        issue_gemm(
-                            mma.scores,
-                            scores,
-                            f_q[None, None, None, q_slot.index],
-                            f_k[None, None, None, k_slot.index],
-                            zero=True,
-                        )
+                        issue_gemm(mma.scores, scores, q_tile, stage(f_k, k_slot), zero=True)
                         v_slot = v_consumer.wait_and_advance()
                         issue_gemm(
                             mma.out,
                             acc,
                             as_a_operand(probabilities),
-                            f_v[None, None, None, v_slot.index],
+                            stage(f_v, v_slot),
                             zero=False,
                         )
                         self.pass_turn(group)
@@ -431,7 +419,7 @@ class ForwardSm90:
                     mma.out,
                     acc,
                     as_a_operand(probabilities),
-                    f_v[None, None, None, v_slot.index],
+                    stage(f_v, v_slot),
                     zero=False,
                 )
                 warpgroup.wait_group(0)
