@@ -15,13 +15,15 @@ others compute and the next tile's q, k and v arrive.
     1-3                     idle      24 / 32
     4 ...                   consume   240 / 160
 
-    load --[q]--> consume      one stage, a tile's q: free when the last scores are computed
+    load --[q]--> consume      a tile's q: two stages, or one
     load --[k]--> consume      `stages` deep
     load --[v]--> consume      `stages` deep
 
-Shared memory: q, the k and v rings, and out, where all of them fit. Else out takes q's place, a
-warpgroup overwriting only rows that it alone reads, and q is free when out has been stored. A warp
-stores its own 16 rows of out, so that no warp waits for another.
+Shared memory: the k and v rings, two q and one out, where they fit (head dims up to 128): the next
+tile's q is there when a warpgroup is done with this one, and out has been stored long before the
+next. Else there is one q and out takes its place, a warpgroup overwriting only rows that it alone
+reads; the next q is loaded when out has been read. A warp stores its own 16 rows of out, so that no
+warp waits for another.
 """
 
 from typing import NamedTuple
@@ -139,9 +141,10 @@ class ForwardSm90:
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
-        elements = self.tile_m + self.stages * self.tile_n
-        elements *= self.head_dim + self.head_dim_v
+        elements = self.stages * self.tile_n * (self.head_dim + self.head_dim_v)
+        elements += self.tile_m * (2 * self.head_dim + self.head_dim_v)
         self.own_out = elements * self.dtype.width // 8 <= SHARED_MEMORY
+        self.q_stages = 2 if self.own_out else 1
         assert self.tile_m == 64 * self.warpgroups, "a consumer warpgroup owns 64 query rows"
         assert self.own_out or self.head_dim_v <= self.head_dim, "out takes q's place"
 
@@ -186,12 +189,12 @@ class ForwardSm90:
             ),
         )
 
-        def rows_layout(rows: int, columns: int) -> cute.ComposedLayout:
+        def rows_layout(rows: int, columns: int, stages: int = 1) -> cute.ComposedLayout:
             tile = (rows, self.tile_n, columns)
-            return sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, self.dtype, 1)
+            return sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, tile, self.dtype, stages)
 
         layouts = Layouts(
-            q=rows_layout(self.tile_m, self.head_dim),
+            q=rows_layout(self.tile_m, self.head_dim, self.q_stages),
             k=sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, scores_tile, self.dtype, self.stages),
             v=sm90.make_smem_layout_b(LayoutEnum.COL_MAJOR, out_tile, self.dtype, self.stages),
             out=rows_layout(self.tile_m, self.head_dim_v),
@@ -208,7 +211,7 @@ class ForwardSm90:
 
         @cute.struct
         class Storage:
-            q_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             q: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.q)], 1024]
@@ -291,7 +294,7 @@ class ForwardSm90:
     @cute.jit
     def load(self, tma: Tma, smem: Smem, producers: tuple, problem: Problem):
         """Per tile: q; k and v of every visited tile, last to first, k one tile ahead of v. The
-        first k comes before q, because its place is free earlier."""
+        first k comes before q, whose place may be free later."""
         q_producer, k_producer, v_producer = producers
         cta, _, _ = cute.arch.block_idx()
         for round_ in cutlass.range(rounds_of(problem.order, cta), unroll=1):
@@ -320,7 +323,7 @@ class ForwardSm90:
                 slot = k_producer.acquire_and_advance()
                 cute.copy(tma.k, g_k[None, n], s_k[None, slot.index], tma_bar_ptr=slot.barrier)
             slot = q_producer.acquire_and_advance()
-            cute.copy(tma.q, g_q, s_q[None, 0], tma_bar_ptr=slot.barrier)
+            cute.copy(tma.q, g_q, s_q[None, slot.index], tma_bar_ptr=slot.barrier)
             if blocks.end > blocks.begin:
                 for i in cutlass.range(blocks.end - blocks.begin - 1, unroll=1):
                     n = blocks.end - 1 - i
@@ -353,7 +356,7 @@ class ForwardSm90:
         first_thread = group * WARPGROUP
         scores_thread = mma.scores.get_slice(first_thread)
         out_thread = mma.out.get_slice(first_thread)
-        f_q = mma.scores.make_fragment_A(scores_thread.partition_A(smem.q))[None, None, None, 0]
+        f_q = mma.scores.make_fragment_A(scores_thread.partition_A(smem.q))
         f_k = mma.scores.make_fragment_B(scores_thread.partition_B(smem.k))
         f_v = mma.out.make_fragment_B(out_thread.partition_B(smem.v))
         tile_mn = (self.tile_m, self.tile_n)
@@ -372,10 +375,11 @@ class ForwardSm90:
             q_slot = q_consumer.wait_and_advance()
 
             if blocks.end > blocks.begin:
+                q_tile = stage(f_q, q_slot)
                 scores = make_accumulator(mma.scores, tile_mn)
                 k_slot = k_consumer.wait_and_advance()
                 self.wait_turn(group)
-                issue_gemm(mma.scores, scores, f_q, stage(f_k, k_slot), zero=True)
+                issue_gemm(mma.scores, scores, q_tile, stage(f_k, k_slot), zero=True)
                 self.pass_turn(group)
                 warpgroup.wait_group(0)
                 k_slot.release()
@@ -389,7 +393,7 @@ class ForwardSm90:
                         scores = make_accumulator(mma.scores, tile_mn)
                         k_slot = k_consumer.wait_and_advance()
                         self.wait_turn(group)
-                        issue_gemm(mma.scores, scores, f_q, stage(f_k, k_slot), zero=True)
+                        issue_gemm(mma.scores, scores, q_tile, stage(f_k, k_slot), zero=True)
                         v_slot = v_consumer.wait_and_advance()
                         issue_gemm(
                             mma.out,
@@ -410,8 +414,6 @@ class ForwardSm90:
                         rescale(acc_rows, softmax.decay)
                         round_into(probabilities, scores)
 
-                if const_expr(self.own_out):
-                    q_slot.release()
                 v_slot = v_consumer.wait_and_advance()
                 issue_gemm(
                     mma.out,
@@ -422,8 +424,6 @@ class ForwardSm90:
                 )
                 warpgroup.wait_group(0)
                 v_slot.release()
-            elif const_expr(self.own_out):
-                q_slot.release()
 
             finish(softmax, problem.softmax_scale)
             rescale(acc_rows, softmax.decay)
@@ -432,8 +432,7 @@ class ForwardSm90:
             g_lse = cute.domain_offset((first_row,), lse[tile.batch, tile.head, None])
             self.store_lse(softmax.row_max, coords, g_lse, extent)
             self.store_out(thread, mma, smem, tile, tma, acc)
-            if const_expr(not self.own_out):
-                q_slot.release()
+            q_slot.release()
         self.last_turn(group)
         tma_store_wait()
 
