@@ -44,10 +44,9 @@ def issue_gemm(
 def stage(fragment: cute.Tensor, slot) -> cute.Tensor:
     """The descriptors of a pipeline slot.
 
-    Its index is the same in all threads. Where ptxas doesn't see that by itself, because a slot is
-    released in a branch, only the shuffle tells it: else it computes every MMA's descriptor in
-    vector registers and moves it (R2UR), 60 to 70 of a key tile's 490 to 550 instructions in the
-    forward, and in the way of the next MMA.
+    Its index is the same in all threads, but ptxas sees that only behind the shuffle: else it
+    computes every MMA's descriptor in vector registers and moves it (R2UR), 50 to 70 of a
+    tile's 490 to 660 instructions, and in the way of the next MMA.
     """
     return fragment[None, None, None, cute.arch.make_warp_uniform(slot.index)]
 
