@@ -45,7 +45,7 @@ class Case:
         return f"{self.length}-{'causal' if self.causal else 'full'}{family}"
 
 
-# By head dim. None of these inputs was in sight when the arithmetic of `tensor_core` and `mufu` was
+# By head dim (of q). None of these inputs was in sight when the arithmetic of `tensor_core` and `mufu` was
 # completed.
 CASES = {
     64: (
@@ -60,6 +60,9 @@ CASES = {
         Case(1, 410, 3, 1, False, seed=1),
         Case(2, 270, 2, 2, True, "peaked_rows", seed=2),
     ),
+    96: (Case(1, 330, 2, 1, True),),
+    192: (Case(1, 290, 2, 1, False),),
+    256: (Case(1, 350, 2, 1, True),),
 }
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 # What must agree: the share of equal bits, of at most one unit in the last place, the relative
@@ -73,7 +76,7 @@ def cases() -> Iterator[tuple[str, Variant, Case]]:
     for variant in VARIANTS:
         if variant.kernel is Kernel.forward and variant.arch is Arch.sm90a:
             for case in CASES.get(variant.head_dim, ()):
-                yield f"{variant.dtype}-d{variant.head_dim}-{case}", variant, case
+                yield f"{variant.key.removeprefix('forward_')}-{case}", variant, case
 
 
 def operands(variant: Variant, case: Case) -> list[jnp.ndarray]:
