@@ -467,7 +467,7 @@ def parser() -> argparse.ArgumentParser:
     implementations = list(IMPLEMENTATIONS[:3] if gpu else ("xla", "reference"))
     add("--impl", type=comma_list(str, IMPLEMENTATIONS), default=implementations)
     add("--pass", dest="passes", type=comma_list(str, PASSES), default=list(PASSES))
-    add("--head-dim", type=comma_list(positive), default=[64, 128])
+    add("--head-dim", type=comma_list(positive), default=[64, 128, 256])
     add("--seqlen", type=comma_list(positive), default=[1024, 4096, 16384])
     add("--causal", type=comma_list(str, ("full", "causal")), default=["full", "causal"])
     add("--dtype", type=comma_list(str, DTYPES), default=["bfloat16"])

@@ -45,8 +45,8 @@ class Case:
         return f"{self.length}-{'causal' if self.causal else 'full'}{family}"
 
 
-# By head dim (of q). None of these inputs was in sight when the arithmetic of `tensor_core` and `mufu` was
-# completed.
+# By head dim (of q). None of these inputs was in sight when the arithmetic of `tensor_core` and
+# `mufu` was completed.
 CASES = {
     64: (
         Case(2, 200, 4, 2, True),
