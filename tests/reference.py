@@ -191,23 +191,45 @@ def xla_attention(
     return _ungroup(out).astype(q.dtype), lse.reshape(lse.shape[0], -1, lse.shape[-1])
 
 
-def truncated_lse(q: Any, k: Any, seen: Any, scale: float) -> np.ndarray:
-    """lse in float64 of logits that are cut off to float32, toward zero, after every 16 products.
+# Bits that Hopper's tensor cores keep below the largest term's exponent.
+TENSOR_CORE_BITS = 25
 
-    The baseline where kernels run on tensor cores and XLA doesn't: tensor cores cut off where a
-    CPU rounds to nearest (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor
-    cores", 2021, section 3), and errors of one sign add up. Within a step nothing is lost here, so
-    this errs less than they do: by 1 to 2.5 times on the tests' inputs.
+
+def tensor_core_sum(a: np.ndarray, b: np.ndarray, addend: np.ndarray) -> np.ndarray:
+    """addend [...] + the sum of a [..., 16] * b [..., 16] as one tensor-core step rounds it.
+
+    Tensor cores align all terms to the largest exponent, cut off, toward zero, what lies further
+    below it than they keep, and cut off the sum to float32 (Fasi, Higham, Mikaitis and Pranesh,
+    "Numerical behavior of NVIDIA tensor cores", 2021, sections 2 and 3). A product's exponent is
+    the sum of its operands'. `test_emulator_hardware` holds this against sums measured on an H200.
     """
-    qg, k = _group(np.asarray(q, np.float64), k), np.asarray(k, np.float64)
-    x = np.zeros((), np.float64)
-    for start in range(0, k.shape[-1], 16):
-        step = np.s_[..., start : start + 16]
-        x = _toward_zero(x + np.einsum("btkgd,bskd->bkgts", qg[step], k[step]))
-    x = np.where(seen, x * scale, -np.inf)
-    with np.errstate(divide="ignore"):
-        lse = np.logaddexp.reduce(x, -1, initial=-np.inf)
-    return lse.reshape(lse.shape[0], -1, lse.shape[-1])
+    terms = np.concatenate([a * b, addend[..., None]], -1)
+    exponents = np.frexp(terms)[1]
+    exponents[..., :-1] = np.frexp(a)[1] + np.frexp(b)[1] - 1
+    largest = np.where(terms == 0, -2000, exponents).max(-1, keepdims=True) - 1
+    unit = np.ldexp(1.0, np.maximum(largest, -500) - TENSOR_CORE_BITS)
+    return _toward_zero((np.trunc(terms / unit) * unit).sum(-1))
+
+
+def tensor_core_lse(q: Any, k: Any, seen: Any, scale: float) -> np.ndarray:
+    """lse [B, N, T] in float64 of logits as tensor cores sum them.
+
+    The baseline where kernels run on tensor cores, or on what computes like them, and XLA doesn't:
+    cutting off errs in one direction, so the errors add up where a CPU's cancel. It shares nothing
+    with the emulator.
+    """
+    q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+    lse = np.empty((q.shape[0], q.shape[2], q.shape[1]))
+    for batch, head in np.ndindex(*lse.shape[:2]):
+        queries = q[batch, :, None, head]
+        keys = k[batch, None, :, head * k.shape[2] // q.shape[2]]
+        x = np.zeros((q.shape[1], k.shape[1]))
+        for start in range(0, k.shape[-1], 16):
+            step = np.s_[..., start : start + 16]
+            x = tensor_core_sum(*np.broadcast_arrays(queries[step], keys[step]), x)
+        x = np.where(seen, x * scale, -np.inf)
+        lse[batch, head] = np.logaddexp.reduce(x, -1, initial=-np.inf)
+    return lse
 
 
 def _toward_zero(x: np.ndarray) -> np.ndarray:

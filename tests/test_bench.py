@@ -46,7 +46,7 @@ def test_flops(timed, causal, flops):
 def test_default_cases_keep_the_number_of_tokens(capsys):
     assert bench.main(["--list"]) == 0
     names = capsys.readouterr().out.split()
-    assert len(names) == len(set(names)) == 12
+    assert len(names) == len(set(names)) == 18
     assert "d64-s1024-b16-h32-full" in names
     assert "d128-s16384-b1-h16-causal" in names
     assert bench.main(["--list", "--cases", "d128-s4096*causal"]) == 0

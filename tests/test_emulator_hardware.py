@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import reference
 from emulator import mufu, tensor_core
 from emulator.agreement import bits, steps_apart
 
@@ -22,6 +23,13 @@ def test_tensor_core_sums_are_bit_exact() -> None:
     for operands in zip(a, b, MEASURED["addend"], MEASURED["sums"], strict=True):
         *inputs, expected = operands
         np.testing.assert_array_equal(tensor_core.multiply_add(*inputs, "f16"), expected)
+
+
+def test_the_baseline_of_the_kernel_tests_sums_alike() -> None:
+    a, b = (MEASURED[name].view(np.float16).astype(np.float64) for name in "ab")
+    operands = np.broadcast_arrays(a[:, :, None], b[:, None])
+    sums = reference.tensor_core_sum(*operands, MEASURED["addend"].astype(np.float64))
+    np.testing.assert_array_equal(sums, MEASURED["sums"])
 
 
 def test_rounding_to_nearest_would_not_be() -> None:
