@@ -145,6 +145,16 @@ def load_global(
     return warp.cluster.launch.memory.load(addresses, count, dtype)
 
 
+def of_active_lanes(
+    address: Array, values: tuple[Array, ...], active: Array | None
+) -> tuple[Array, tuple[Array, ...]]:
+    """Addresses and values of the lanes that execute."""
+    addresses = np.broadcast_to(address, LANES)
+    if active is None:
+        return addresses, values
+    return addresses[active], tuple(value[active] for value in values)
+
+
 @runtime
 def store_global(
     warp: Warp,
@@ -155,11 +165,9 @@ def store_global(
     line: int,
 ) -> None:
     """Stores of the active lanes."""
-    addresses = np.broadcast_to(address, LANES)
-    if active is not None:
-        if not active.any():
-            return
-        addresses, values = addresses[active], tuple(value[active] for value in values)
+    addresses, values = of_active_lanes(address, values, active)
+    if not len(addresses):
+        return
     size = len(values) * np.dtype(dtype).itemsize
     warp.counts["global bytes written"] += size * len(addresses)
     warp.cluster.launch.memory.store(addresses, values, dtype)
@@ -316,11 +324,9 @@ def reduce_global(
     warp: Warp, address: Array, values: tuple[Array, ...], active: Array | None
 ) -> None:
     """Adds of the active lanes; subnormal inputs and sums are flushed (PTX ISA, red)."""
-    addresses = np.broadcast_to(address, LANES)
-    if active is not None:
-        if not active.any():
-            return
-        addresses, values = addresses[active], tuple(value[active] for value in values)
+    addresses, values = of_active_lanes(address, values, active)
+    if not len(addresses):
+        return
     warp.counts["global bytes reduced"] += 4 * len(values) * len(addresses)
     warp.cluster.launch.memory.add(addresses, values)
 
