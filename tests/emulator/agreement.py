@@ -39,26 +39,32 @@ class Case:
     causal: bool
     family: str = "normal"
     seed: int = 0
+    sharpness: float = 1.0
+    """softmax_scale times sqrt(H)."""
 
     def __str__(self) -> str:
         family = "" if self.family == "normal" else f"-{self.family}"
         return f"{self.length}-{'causal' if self.causal else 'full'}{family}"
 
+    def softmax_scale(self, variant: Variant) -> float:
+        return self.sharpness / math.sqrt(variant.head_dim)
+
 
 # By head dim (of q). None of these inputs was in sight when the arithmetic of `tensor_core` and
-# `mufu` was completed.
+# `mufu` was completed. Every lse stays below 16, where 2e-6 is two units in the last place: peaked
+# rows get a smaller scale for that.
 CASES = {
     64: (
         Case(2, 200, 4, 2, True),
         Case(1, 512, 2, 2, False),
         Case(1, 460, 3, 1, True, seed=1),
-        Case(2, 300, 2, 2, False, "peaked_rows", seed=2),
+        Case(2, 300, 2, 2, False, "peaked_rows", seed=2, sharpness=0.2),
     ),
     128: (
         Case(1, 300, 2, 1, True),
         Case(1, 384, 2, 2, False),
         Case(1, 410, 3, 1, False, seed=1),
-        Case(2, 270, 2, 2, True, "peaked_rows", seed=2),
+        Case(2, 270, 2, 2, True, "peaked_rows", seed=2, sharpness=0.2),
     ),
     96: (Case(1, 330, 2, 1, True),),
     192: (Case(1, 290, 2, 1, False),),
@@ -66,8 +72,7 @@ CASES = {
 }
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 # What must agree: the share of equal bits, of at most one unit in the last place, the relative
-# Frobenius distance; and for lse the largest difference, or two units in the last place of the
-# largest number if that is more.
+# Frobenius distance; and for lse the largest difference.
 SAME_BITS, ONE_ULP, FROBENIUS, LSE = 0.99, 0.998, 3e-4, 2e-6
 
 
@@ -100,7 +105,7 @@ def emulate(variant: Variant, case: Case) -> list[np.ndarray]:
     length = case.length
     q, k, v, dout, dlse = operands(variant, case)
     scalars = {
-        "softmax_scale": 1 / math.sqrt(variant.head_dim),
+        "softmax_scale": case.softmax_scale(variant),
         "band_lower": -length,
         "band_upper": 0 if case.causal else length,
     }
@@ -126,7 +131,13 @@ def on_gpu(variant: Variant, case: Case) -> list[np.ndarray]:
     q, k, v, dout, dlse = operands(variant, case)
 
     def attention(q, k, v):
-        return flash_attention(q, k, v, causal=case.causal, return_lse=True, implementation="fa4")
+        return flash_attention(
+            *(q, k, v),
+            softmax_scale=case.softmax_scale(variant),
+            causal=case.causal,
+            return_lse=True,
+            implementation="fa4",
+        )
 
     results, vjp = jax.vjp(attention, q, k, v)
     return [np.asarray(x) for x in (*results, *vjp((dout, dlse)))]
@@ -152,7 +163,7 @@ def compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> tuple[str, bool]
     frobenius = np.linalg.norm(a - b) / np.linalg.norm(b)
     largest = np.abs(a - b).max()
     if name.endswith("lse"):
-        agrees = largest <= max(LSE, 2 * np.spacing(np.float32(np.abs(b).max())))
+        agrees = largest <= LSE
     else:
         agrees = same >= SAME_BITS and close >= ONE_ULP and frobenius <= FROBENIUS
     verdict = "" if agrees else "  DISAGREES"
