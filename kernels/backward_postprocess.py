@@ -33,10 +33,10 @@ class BackwardPostprocess:
     @cute.jit
     def __call__(
         self,
+        stream: cuda.CUstream,
+        softmax_scale: Float32,
         dq_accum: cute.Tensor,
         dq: cute.Tensor,
-        softmax_scale: Float32,
-        stream: cuda.CUstream,
     ):
         batch, heads, padded_rows, _ = dq_accum.shape
         self.kernel(dq_accum, dq, softmax_scale).launch(

@@ -42,6 +42,7 @@ class BackwardPreprocess:
     @cute.jit
     def __call__(
         self,
+        stream: cuda.CUstream,
         out: cute.Tensor,
         dout: cute.Tensor,
         lse: cute.Tensor,
@@ -49,7 +50,6 @@ class BackwardPreprocess:
         dpsum: cute.Tensor,
         lse_log2: cute.Tensor,
         dq_accum: cute.Tensor,
-        stream: cuda.CUstream,
     ):
         batch, heads, padded_rows, _ = dq_accum.shape
         self.kernel(out, dout, lse, dlse, dpsum, lse_log2, dq_accum).launch(

@@ -152,20 +152,14 @@ class BackwardWideSm90:
     @cute.jit
     def __call__(  # noqa: PLR0913 - the C ABI is flat
         self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        dout: cute.Tensor,
-        lse_log2: cute.Tensor,
-        dpsum: cute.Tensor,
-        dq_accum: cute.Tensor,
-        dk: cute.Tensor,
-        dv: cute.Tensor,
+        stream: cuda.CUstream,
         softmax_scale: Float32,
+        softcap: Float32,
         band_lower: Int32,
         band_upper: Int32,
-        stream: cuda.CUstream,
+        *buffers: cute.Tensor,
     ):
+        q, k, v, dout, lse_log2, dpsum, dq_accum, *interval, dk, dv = buffers
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
         q, k, v, dout, dk, dv = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))

@@ -151,17 +151,15 @@ class ForwardSm90:
     @cute.jit
     def __call__(  # noqa: PLR0913 - the C ABI is flat
         self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
+        stream: cuda.CUstream,
         softmax_scale: Float32,
+        softcap: Float32,
         band_lower: Int32,
         band_upper: Int32,
         num_sms: Int32,
-        stream: cuda.CUstream,
+        *buffers: cute.Tensor,
     ):
+        q, k, v, sinks, *interval, out, lse = buffers
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
         # operand of p v.
         q, k, out = (
