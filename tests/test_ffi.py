@@ -708,8 +708,8 @@ def test_no_sinks_are_an_operand_of_size_0_wherever_it_lies(fake, features):
 
     @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32)
     def on_launch(name, args, num_args):
-        sinks = args[1 + len(SCALARS) + 1 + 3]  # the stream, scalars with num_sms, q, k, v
-        # The pointer, then two int32 sizes, of which the head's stride is static.
+        sinks = args[1 + len(SCALARS) + 1 + 3]  # the stream, scalars and num_sms, q, k, v
+        # The pointer, then the sizes.
         seen.append(
             (
                 ctypes.c_void_p.from_address(sinks).value,
