@@ -36,8 +36,8 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
-from fa4_jax._variants import Variant
-from kernels.common.block_range import BlockRange, visible_blocks
+from fa4_jax._variants import Feature, Variant
+from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
 from kernels.common.copy_sm90 import (
     accumulator_to_smem,
     tma_atom,
@@ -46,7 +46,14 @@ from kernels.common.copy_sm90 import (
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
-from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
+from kernels.common.fast_math import tanh
+from kernels.common.mask import (
+    Band,
+    Coordinates,
+    Intervals,
+    accumulator_coordinates,
+    mask_scores,
+)
 from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
@@ -58,7 +65,14 @@ from kernels.common.mma_sm90 import (
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.scheduler import TileOrder, place_of, rounds_of, tile_order
-from kernels.common.softmax import LOG2_E, finish, make_online_softmax, online_softmax, rescale
+from kernels.common.softmax import (
+    LOG2_E,
+    OnlineSoftmax,
+    finish,
+    make_online_softmax,
+    online_softmax,
+    rescale,
+)
 
 # Named barriers; 0 is sync_threads. TURN + i is consumer warpgroup i's turn at the tensor cores.
 TURN = 1
@@ -107,17 +121,27 @@ class Mma(NamedTuple):
     out: cute.TiledMma
 
 
+class QueryIntervals(NamedTuple):
+    """Of every query, and of every `BLOCK` queries, which keys it sees."""
+
+    kv_start: cute.Tensor
+    kv_end: cute.Tensor
+    key_range: cute.Tensor
+
+
 class Problem(NamedTuple):
-    """What all tiles share: their order, and the run-time sizes and scalars."""
+    """What all tiles share: their order, the run-time sizes and scalars, and what a query sees."""
 
     order: TileOrder
     heads: cute.FastDivmodDivisorV2
     group: cute.FastDivmodDivisorV2  # query heads per key/value head
     seqlen_q: Int32
     seqlen_k: Int32
-    softmax_scale: Float32
-    band_lower: Int32
-    band_upper: Int32
+    score_scale: Float32  # from q k^T to what tanh sees, with a softcap
+    softmax_scale: Float32  # from there to the logarithm of a weight
+    sinks: cute.Tensor
+    band: Band
+    intervals: QueryIntervals | tuple[()]  # instead of the band
 
 
 class Tile(NamedTuple):
@@ -138,6 +162,8 @@ class ForwardSm90:
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
+        self.has_intervals = Feature.interval in variant.features
+        self.has_softcap = Feature.softcap in variant.features
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
@@ -159,7 +185,7 @@ class ForwardSm90:
         num_sms: Int32,
         *buffers: cute.Tensor,
     ):
-        q, k, v, sinks, *interval, out, lse = buffers
+        q, k, v, sinks, *intervals, out, lse = buffers
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
         # operand of p v.
         q, k, out = (
@@ -232,9 +258,11 @@ class ForwardSm90:
             group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
-            softmax_scale=softmax_scale,
-            band_lower=band_lower,
-            band_upper=band_upper,
+            score_scale=softmax_scale / softcap,
+            softmax_scale=softcap if const_expr(self.has_softcap) else softmax_scale,
+            sinks=sinks,
+            band=Band(band_lower, band_upper),
+            intervals=QueryIntervals(*intervals) if const_expr(self.has_intervals) else (),
         )
         self.kernel(tma, mma, layouts, lse, problem).launch(
             grid=(problem.order.ctas, 1, 1),
@@ -278,15 +306,19 @@ class ForwardSm90:
         m_block, head_of_all = place_of(problem.order, cta, round_)
         batch, head = divmod(head_of_all, problem.heads)
         first = m_block * self.tile_m
-        last = cutlass.min(first + self.tile_m, problem.seqlen_q) - 1
+        keys = (problem.seqlen_k, self.tile_n)
+        if const_expr(self.has_intervals):
+            ranges = problem.intervals.key_range[batch, None, None]
+            blocks = blocks_of_ranges(ranges, first, self.tile_m, *keys)
+        else:
+            last = cutlass.min(first + self.tile_m, problem.seqlen_q) - 1
+            blocks = visible_blocks(first, last, *problem.band, *keys)
         return Tile(
             m_block=m_block,
             head=head,
             kv_head=head // problem.group,
             batch=batch,
-            blocks=visible_blocks(
-                first, last, problem.band_lower, problem.band_upper, problem.seqlen_k, self.tile_n
-            ),
+            blocks=blocks,
         )
 
     @cute.jit
@@ -381,6 +413,7 @@ class ForwardSm90:
                 self.pass_turn(group)
                 warpgroup.wait_group(0)
                 k_slot.release()
+                self.cap(scores, problem)
                 if blocks.needs_mask(blocks.end - 1):
                     self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile, problem)
                 online_softmax(softmax, rows_and_columns(scores), scale_log2)
@@ -403,6 +436,7 @@ class ForwardSm90:
                         self.pass_turn(group)
                         warpgroup.wait_group(1)
                         k_slot.release()
+                        self.cap(scores, problem)
                         if const_expr(masked):
                             n = end - 1 - i
                             self.mask(rows_and_columns(scores), coords, n, tile, problem)
@@ -423,7 +457,9 @@ class ForwardSm90:
                 warpgroup.wait_group(0)
                 v_slot.release()
 
-            finish(softmax, problem.softmax_scale)
+            finish(softmax, problem.softmax_scale, self.sink(tile, problem))
+            if const_expr(self.has_intervals):
+                self.spoil_broken(softmax, coords, tile, problem)
             rescale(acc_rows, softmax.decay)
             first_row = tile.m_block * self.tile_m
             extent = problem.seqlen_q - first_row
@@ -435,14 +471,51 @@ class ForwardSm90:
         tma_store_wait()
 
     @cute.jit
+    def cap(self, scores: cute.Tensor, problem: Problem):
+        """scores <- tanh(score_scale * scores), with a softcap."""
+        if const_expr(self.has_softcap):
+            for i in cutlass.range_constexpr(cute.size(scores)):
+                scores[i] = tanh(scores[i] * problem.score_scale)
+
+    @cute.jit
     def mask(
         self, scores: cute.Tensor, coords: Coordinates, n: Int32, tile: Tile, problem: Problem
     ):
-        """Mask what the band and seqlen_k leave out of key tile n."""
+        """Mask what the tile's queries don't see of key tile n."""
         m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
         shift = m_start - n_start
         extent = (problem.seqlen_q - m_start, problem.seqlen_k - n_start)
-        mask_scores(scores, coords, problem.band_lower + shift, problem.band_upper + shift, extent)
+        if const_expr(self.has_intervals):
+            rows = self.intervals(tile, problem, n_start)
+        else:
+            rows = Band(problem.band.lower + shift, problem.band.upper + shift)
+        mask_scores(scores, coords, rows, extent)
+
+    def intervals(self, tile: Tile, problem: Problem, n_start: Int32) -> Intervals:
+        """What the tile's queries see, counted from key n_start."""
+        m_start = tile.m_block * self.tile_m
+        bounds = problem.intervals[:2]
+        start, end = (cute.domain_offset((m_start,), x[tile.batch, None]) for x in bounds)
+        return Intervals(start, end, problem.seqlen_q - m_start - 1, n_start)
+
+    @cute.jit
+    def spoil_broken(
+        self, softmax: OnlineSoftmax, coords: Coordinates, tile: Tile, problem: Problem
+    ):
+        """NaN for what the tile's broken queries, whose interval starts below 0, get."""
+        rows = self.intervals(tile, problem, Int32(0))
+        for r in cutlass.range_constexpr(cute.size(softmax.decay)):
+            first, _ = rows.interval(coords.row + coords.offsets[r, 0][0])
+            for result in (softmax.decay, softmax.row_max):
+                result[r] = Float32.nan if first < 0 else result[r]
+
+    @cute.jit
+    def sink(self, tile: Tile, problem: Problem) -> Float32:
+        """The head's sink, -inf if there is none."""
+        sink = -Float32.inf
+        if problem.sinks.shape[0] > 0:
+            sink = problem.sinks[tile.batch, tile.head]
+        return sink
 
     @cute.jit
     def store_lse(

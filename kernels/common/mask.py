@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The band inside one tile of an accumulator."""
+"""What rows see inside one tile of an accumulator."""
 
 from typing import NamedTuple
 
@@ -36,6 +36,34 @@ def accumulator_coordinates(
     return Coordinates(*mine[0, 0], first)
 
 
+class Band(NamedTuple):
+    """Row i sees columns [i + lower, i + upper]."""
+
+    lower: Int32
+    upper: Int32
+
+    def interval(self, row: Int32) -> tuple[Int32, Int32]:
+        """The columns [first, end) that a row sees."""
+        return row + self.lower, row + self.upper + 1
+
+
+class Intervals(NamedTuple):
+    """Every row sees an interval of its own, which lies in global memory, counted from `origin`.
+
+    Two loads of a row where it is masked, and no register in between.
+    """
+
+    start: cute.Tensor
+    end: cute.Tensor
+    last: Int32  # the last row that there is
+    origin: Int32
+
+    def interval(self, row: Int32) -> tuple[Int32, Int32]:
+        """The columns [first, end) that a row sees."""
+        row = cutlass.min(row, self.last)
+        return self.start[row] - self.origin, self.end[row] - self.origin
+
+
 def from_element(column: Int32) -> Uint32:
     """One bit per element of a row of an accumulator, for 32 elements or 128 columns: set from the
     first element on whose column isn't below `column`. Both count from this thread's first.
@@ -54,13 +82,12 @@ def from_element(column: Int32) -> Uint32:
 def mask_scores(
     scores: cute.Tensor,
     coordinates: Coordinates,
-    lower: Int32,
-    upper: Int32,
+    rows: Band | Intervals,
     extent: tuple[Int32, Int32],
 ):
-    """scores[r, c] = -inf unless row + lower <= column <= row + upper and (row, column) < extent.
+    """scores[r, c] = -inf unless the row sees the column and (row, column) < extent.
 
-    `scores` is (rows, columns); the bounds and the extent are relative to the tile.
+    `scores` is (rows, columns); what rows see and the extent are relative to the tile.
 
     A row's interval becomes one bit per element, which R2P turns into predicates, 7 at a time: two
     comparisons an element were 263 of a masked tile's 725 to 770 instructions (forward, 128
@@ -68,8 +95,8 @@ def mask_scores(
     """
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         row = coordinates.row + coordinates.offsets[r, 0][0]
-        first = row + lower
-        end = cutlass.min(row + upper + 1, extent[1]) if row < extent[0] else first
+        first, end = rows.interval(row)
+        end = cutlass.min(end, extent[1]) if row < extent[0] else first
         first, end = first - coordinates.column, end - coordinates.column
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             assert coordinates.offsets[r, c][1] == 8 * (c // 2) + c % 2
