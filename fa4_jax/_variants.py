@@ -59,6 +59,9 @@ class Feature(enum.StrEnum):
     """Scores are softcap * tanh(softmax_scale * q k^T / softcap)."""
 
 
+FEATURED = (Kernel.forward, Kernel.backward)
+
+
 class Arch(enum.StrEnum):
     """CUDA target. The trailing 'a' (arch-specific) code runs on exactly one compute capability."""
 
@@ -154,6 +157,7 @@ _LSE = Buffer("lse", "BNT", DType.f32)
 _LSE_LOG2 = Buffer("lse_log2", "BNR", DType.f32)
 _DPSUM = Buffer("dpsum", "BNR", DType.f32)
 _DQ_ACCUM = Buffer("dq_accum", "BNRE", DType.f32)
+QKV = (_Q, _K, _V)
 # A logit of each head without a value; [0, N] if there are none.
 _SINKS = Buffer("sinks", "ZN", DType.f32)
 # Query i of batch b sees keys j with kv_start[b, i] <= j < kv_end[b, i]; none in padding rows. A
@@ -183,18 +187,18 @@ def signature(kernel: Kernel, features: tuple[Feature, ...] = ()) -> Signature:
         # row that sees neither a key nor a sink. Its out is 0.
         interval = (*_INTERVAL, _KEY_RANGE) if Feature.interval in features else ()
         return Signature(
-            (_Q, _K, _V, _SINKS, *interval), (_OUT, _LSE), (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS)
+            (*QKV, _SINKS, *interval), (_OUT, _LSE), (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS)
         )
     if kernel is Kernel.backward:
         # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
         # order that the row's `Split` says.
         interval = (*_INTERVAL, _QUERY_RANGE) if Feature.interval in features else ()
         return Signature(
-            (_Q, _K, _V, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM, *interval),
+            (*QKV, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM, *interval),
             (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
             (_SCALE, _SOFTCAP, *_BAND),
         )
-    assert not features, f"{kernel} is the same with every feature"
+    assert kernel not in FEATURED and not features, f"{kernel} is the same with every feature"
     if kernel is Kernel.backward_preprocess:
         # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in
         # padding rows and for rows that see no key, so that their probabilities are 0; and a
@@ -366,6 +370,11 @@ VARIANTS: tuple[Variant, ...] = (
 def target_name(kernel: Kernel) -> str:
     """The XLA FFI target that launches `kernel`: one name each, so that profiles are readable."""
     return f"fa4_jax_{kernel}_v{TARGET_VERSION}"
+
+
+def feature_set(needed: Iterable[Feature]) -> tuple[Feature, ...]:
+    """The smallest of `FEATURE_SETS` that has every feature of `needed`."""
+    return min((s for s in FEATURE_SETS if set(s) >= set(needed)), key=len)
 
 
 def built_head_dims(kernel: Kernel, dtype: DType) -> tuple[tuple[int, int], ...]:
