@@ -31,7 +31,7 @@ from reference import (
     xla_gradients,
 )
 
-from fa4_jax import _variants
+from fa4_jax import _primitives, _variants
 
 from fa4_jax._variants import VARIANTS, Feature, Kernel, Variant, round_up
 

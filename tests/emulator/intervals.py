@@ -11,6 +11,8 @@ import dataclasses
 
 import numpy as np
 
+from fa4_jax._variants import Variant
+
 ROWS, BLOCK = 128, 64
 
 
@@ -49,10 +51,10 @@ class Intervals:
             np.stack([_query_range(seen[b]) for b in range(batch)]),
         )
 
-    def operands(self, variant) -> list[np.ndarray]:
+    def operands(self, variant: Variant) -> tuple[np.ndarray, ...]:
         """Those that the row takes, in its order; none for a row without intervals."""
         names = [buffer.name for buffer in variant.signature.operands]
-        return [getattr(self, name) for name in names if hasattr(self, name)]
+        return tuple(getattr(self, name) for name in names if hasattr(self, name))
 
 
 def _flat(broken: tuple[tuple[int, int], ...], seqlen_q: int) -> list[int]:
