@@ -32,7 +32,7 @@ from reference import (
 )
 
 from fa4_jax import _primitives, _variants
-
+from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import VARIANTS, Feature, Kernel, Variant, round_up
 
 SCHEDULES = ("late", "random:1", "random:2", "pct:3")
@@ -108,10 +108,10 @@ class IntervalCase(Case):
             names = ("query_seq_lengths", "key_value_seq_lengths")
             arrays = dict(zip(names, map(np.array, self.lengths), strict=True))
             return visible(*sizes, **BOTTOM_RIGHT, **arrays)
-        start, end = self._bounds()
+        start, end = self.bounds()
         return visible(*sizes, kv_start=start, kv_end=end)
 
-    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
         """A block of rows that see almost everything, one of rows that see nothing, and others in
         no order."""
         rng = np.random.default_rng(self.seqlen_q)
@@ -418,29 +418,54 @@ def test_backward_postprocess(emulated, variant: Variant, case: Case) -> None:
     assert_same_in_every_schedule(row, [dq], (dq_accum,), values, free={"T": case.seqlen_q})
 
 
-@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float16", 64)])
-def test_gradients_through_the_primitives(monkeypatch, emulated, dtype: str, head_dim: int) -> None:
+THROUGH_THE_PRIMITIVES = {
+    "bfloat16, band": ("bfloat16", 128, Case(1, 150, 190, (2, 1), {"causal": True})),
+    "float16, band": ("float16", 64, Case(1, 150, 190, (2, 1), {"causal": True})),
+    # Two batch entries; the band isn't in the intervals that the primitives are given.
+    "bfloat16, all features": (
+        "bfloat16",
+        128,
+        IntervalCase(2, 130, 170, (2, 1), {"causal": True}, head_sinks=(0.5, -np.inf), softcap=3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH_THE_PRIMITIVES)
+def test_gradients_through_the_primitives(monkeypatch, name: str) -> None:
     """What JAX lowers for CUDA, forward and the three backward launches, with the emulator behind
     it."""
-    from emulator.device import TARGET
+    from emulator.device import TARGET, device
 
     monkeypatch.setattr(_variants, "target_name", lambda kernel: TARGET)
+    dtype, head_dim, case = THROUGH_THE_PRIMITIVES[name]
+    has_features = isinstance(case, IntervalCase)
     variant = next(
         v
         for v in VARIANTS
         if (v.kernel, v.dtype.numpy_name, v.head_dim) == (Kernel.forward, dtype, head_dim)
+        and (Feature.softcap in v.features) == has_features
     )
-    case = Case(1, 150, 190, (2, 1), {"causal": True})
+    device().select(variant)
     q, k, v, dout, dlse = operands(variant, case)
-    emulated(variant.name)((q, k, v), scalars(variant, case))  # selects the architecture
-    spec = AttentionSpec(softmax_scale=1 / math.sqrt(head_dim), window_right=0)
-    out, lse = _primitives._forward_kernels(q, k, v, spec=spec)
-    gradients = _primitives._backward_kernels(q, k, v, out, lse, dout, dlse, spec=spec)
-    expected = Oracle(case.seen, spec.softmax_scale).backward(*as64(q, k, v, dout, dlse))[:3]
-    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), case.seen, spec.softmax_scale)
+    softcap, seen, extras = softcap_of(variant, case), case.seen, {}
+    if has_features:
+        start, end = case.bounds()
+        seen = seen & visible(case.seqlen_q, case.seqlen_k, **case.mask)
+        extras = {"kv_start": jnp.asarray(start), "kv_end": jnp.asarray(np.maximum(start, end))}
+        extras["sinks"] = jnp.asarray(case.sinks)
+    spec = AttentionSpec(softmax_scale=1 / math.sqrt(head_dim), window_right=0, softcap=softcap)
+    parameters = {"spec": spec, "extras": tuple(extras)}
+    given = extras.values()
+    out, lse = _primitives._forward_kernels(q, k, v, *given, **parameters)
+    residuals = q, k, v, out, lse, dout, dlse
+    gradients = _primitives._backward_kernels(*residuals, *given, **parameters)
+    oracle = Oracle(seen, spec.softmax_scale, softcap=softcap, sinks=case.sinks)
+    expected = oracle.backward(*as64(q, k, v, dout, dlse))[:3]
+    masked = seen, spec.softmax_scale, softcap
+    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), *masked)
     verdicts = []
-    for name, *triple in zip(("dq", "dk", "dv"), gradients, expected, baseline, strict=True):
-        verdicts += judge(name, *triple)
+    for result, *triple in zip(("dq", "dk", "dv"), gradients, expected, baseline, strict=True):
+        verdicts += judge(result, *triple)
     assert not failures(verdicts), failures(verdicts)
 
 
