@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark attention: TFLOP/s of FA4, cuDNN and XLA on this machine.
+"""Benchmark attention: TFLOP/s of FA4, cuDNN, XLA and tokamax on this machine.
 
     python -m fa4_jax.bench
     python -m fa4_jax.bench --cases 'd128-s4096*' --impl fa4,cudnn --csv out.csv --plot out.png
@@ -49,7 +49,7 @@ import jax.numpy as jnp
 
 from fa4_jax import doctor
 
-IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference")
+IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference", "tokamax")
 # What --pass can name, and the programs it takes.
 PASSES = {"fwd": {"fwd"}, "bwd": {"fwd", "fwd_bwd", "bwd_direct"}, "fwd_bwd": {"fwd_bwd"}}
 DTYPES = {"bfloat16": "", "float16": "-f16", "float32": "-f32"}
@@ -185,6 +185,11 @@ def attention(implementation: str, causal: bool) -> Attention:
         from fa4_jax import flash_attention
 
         return functools.partial(flash_attention, causal=causal, implementation=implementation)
+    if implementation == "tokamax":  # its own choice of tiles; on Hopper, Pallas for Mosaic GPU
+        import tokamax  # pyright: ignore[reportMissingImports]
+
+        attend = tokamax.dot_product_attention
+        return functools.partial(attend, is_causal=causal, implementation="mosaic")
     jax_nn: Any = jax.nn.dot_product_attention
     return functools.partial(jax_nn, is_causal=causal, implementation=implementation)
 
