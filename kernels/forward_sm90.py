@@ -3,7 +3,7 @@
 persistent.
 
 One CTA per multiprocessor computes query tiles one after another, in the order of
-`kernels.common.scheduler`. For each it visits the key tiles that the band leaves, last to first,
+`kernels.common.scheduler`. For each it visits the key tiles that its queries see, last to first,
 keeps an online softmax, and writes out and lse. Consumer warpgroups own 64 query rows each. Inside
 a warpgroup the scores of the next key tile are computed while the current probabilities multiply v;
 between warpgroups a named-barrier ring lets one do softmax while the other feeds the tensor cores.
@@ -155,7 +155,7 @@ class Tile(NamedTuple):
 
 
 class ForwardSm90:
-    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.forward]`."""
+    """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.dtype = element_type(variant.dtype)
@@ -418,6 +418,7 @@ class ForwardSm90:
                     self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile, problem)
                 online_softmax(softmax, rows_and_columns(scores), scale_log2)
                 probabilities = to_16_bit(scores, self.dtype)
+                p_operand = as_a_operand(probabilities)
 
                 for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
                     for i in cutlass.range(end - first, unroll=1):
@@ -426,13 +427,7 @@ class ForwardSm90:
                         self.wait_turn(group)
                         issue_gemm(mma.scores, scores, q_tile, stage(f_k, k_slot), zero=True)
                         v_slot = v_consumer.wait_and_advance()
-                        issue_gemm(
-                            mma.out,
-                            acc,
-                            as_a_operand(probabilities),
-                            stage(f_v, v_slot),
-                            zero=False,
-                        )
+                        issue_gemm(mma.out, acc, p_operand, stage(f_v, v_slot), zero=False)
                         self.pass_turn(group)
                         warpgroup.wait_group(1)
                         k_slot.release()
@@ -447,13 +442,7 @@ class ForwardSm90:
                         round_into(probabilities, scores)
 
                 v_slot = v_consumer.wait_and_advance()
-                issue_gemm(
-                    mma.out,
-                    acc,
-                    as_a_operand(probabilities),
-                    stage(f_v, v_slot),
-                    zero=False,
-                )
+                issue_gemm(mma.out, acc, p_operand, stage(f_v, v_slot), zero=False)
                 warpgroup.wait_group(0)
                 v_slot.release()
 
