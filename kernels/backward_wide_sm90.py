@@ -288,7 +288,7 @@ class BackwardWideSm90:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
                 rows = (statistics, smem.rows)
-                load_operands(atoms, coordinates, smem.operands, producers, rows, tile)
+                load_operands(atoms, coordinates, smem.operands, producers, rows, tile, False)
         elif warp_idx < 8:
             cute.arch.setmaxregister_increase(self.registers.consume)
             self.probability_side(thread % WARPGROUP, mma, smem, consumers, tile, dq, stores)

@@ -9,7 +9,7 @@ what it visits, and the elementwise steps on transposed scores (keys by queries)
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
 from kernels.common.block_range import BlockRange, visible_blocks
@@ -73,6 +73,9 @@ def key_tile(
     # Past seqlen_k, k is 0 and p may be inf: without a mask, dq would get inf * 0.
     if first + tile_n > seqlen_k:
         blocks = blocks._replace(full_end=Int32(0))
+    # ptxas computed them again for every head, and kept what it takes: 12 bytes of spills at d=64,
+    # and 22 to 25 instructions more per unmasked tile.
+    blocks = BlockRange(*(cute.arch.make_warp_uniform(x) for x in blocks))
     return KeyTile(
         n_block=n_block,
         kv_head=block // n_blocks % kv_heads,
@@ -93,20 +96,33 @@ def _stage_shape(smem: cute.Tensor) -> tuple[int, int]:
 
 
 @cute.jit
-def load_operands(
+def _load_queries(atom: cute.CopyAtom, tiles: tuple, rows: tuple, m: Int32, slot):
+    """Query tile m of q or dout and what is known of its rows, on one barrier: (global memory,
+    shared memory) of each."""
+    gmem, smem = tiles
+    cute.copy(atom, gmem[None, m], smem[None, slot.index], tma_bar_ptr=slot.barrier)
+    bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
+    gmem, smem = rows
+    with cute.arch.elect_one():
+        cute.copy(bulk, gmem[None, m], smem[None, slot.index], mbar_ptr=slot.barrier)
+
+
+@cute.jit
+def load_operands(  # noqa: PLR0913 - four operands, where they are and what guards them
     atoms: Operands,
     gmem: Operands,
     smem: Operands,
     producers: Operands,
     statistics: tuple[Statistics, Statistics],
     tile: KeyTile,
+    scores_ahead: cutlass.Constexpr,
 ):
-    """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every head.
+    """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every head;
+    with `scores_ahead` one q more.
 
     `statistics` are those in global memory and their (tile_m, stages) in shared memory. Called by
     one warp.
     """
-    bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
     q_producer, k_producer, v_producer, dout_producer = producers
     blocks = tile.blocks
     if blocks.end > blocks.begin:
@@ -118,6 +134,8 @@ def load_operands(
         s_v, g_v = tma_tiles(atoms.v, smem.v, g_v)
         slot = k_producer.acquire_and_advance()
         cute.copy(atoms.k, g_k, s_k[None, 0], tma_bar_ptr=slot.barrier)
+        g_rows, s_rows = statistics
+        rows = s_rows.lse_log2.shape[:1]
         for h in cutlass.range(tile.group, unroll=1):
             head = tile.kv_head * tile.group + h
             g_q = gmem.q[None, None, head, tile.batch]
@@ -126,25 +144,20 @@ def load_operands(
             g_dout = cute.local_tile(g_dout, _stage_shape(smem.dout), (None, 0))
             s_q, g_q = tma_tiles(atoms.q, smem.q, g_q)
             s_dout, g_dout = tma_tiles(atoms.dout, smem.dout, g_dout)
-            g_rows, s_rows = statistics
-            rows = s_rows.lse_log2.shape[:1]
             g_lse = cute.local_tile(g_rows.lse_log2[tile.batch, head, None], rows, (None,))
             g_dpsum = cute.local_tile(g_rows.dpsum[tile.batch, head, None], rows, (None,))
-            s_lse, s_dpsum = s_rows
+            of_q = (atoms.q, (g_q, s_q), (g_lse, s_rows.lse_log2))
+            of_dout = (atoms.dout, (g_dout, s_dout), (g_dpsum, s_rows.dpsum))
             for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
-                slot = q_producer.acquire_and_advance()
-                i, barrier = slot.index, slot.barrier
-                cute.copy(atoms.q, g_q[None, m], s_q[None, i], tma_bar_ptr=barrier)
-                with cute.arch.elect_one():
-                    cute.copy(bulk, g_lse[None, m], s_lse[None, i], mbar_ptr=barrier)
+                _load_queries(*of_q, m, q_producer.acquire_and_advance())
                 if (h == 0) & (m == blocks.begin):  # behind q: the first scores don't need it
                     slot = v_producer.acquire_and_advance()
                     cute.copy(atoms.v, g_v, s_v[None, 0], tma_bar_ptr=slot.barrier)
-                slot = dout_producer.acquire_and_advance()
-                i, barrier = slot.index, slot.barrier
-                cute.copy(atoms.dout, g_dout[None, m], s_dout[None, i], tma_bar_ptr=barrier)
-                with cute.arch.elect_one():
-                    cute.copy(bulk, g_dpsum[None, m], s_dpsum[None, i], mbar_ptr=barrier)
+                _load_queries(*of_dout, m, dout_producer.acquire_and_advance())
+            if const_expr(scores_ahead):
+                # The scores after the last ones are nobody's; they must read something.
+                if h == tile.group - 1:
+                    _load_queries(*of_q, blocks.begin, q_producer.acquire_and_advance())
         q_producer.tail()
         dout_producer.tail()
 
