@@ -5,9 +5,9 @@
     python -m tests.emulator.agreement check PATH     on a GPU: run the kernels, compare
 
 A training step's four launches for every dtype, head dim and set of features of sm_90a, so that the
-backward's inputs carry whatever the forward's differences were. The two may differ where the hardware's exp2,
-log2 and reciprocal are approximate and where its MMA adds in another order; both show as the last
-bit of a few results.
+backward's inputs carry whatever the forward's differences were. The two may differ where the
+hardware's exp2, log2 and reciprocal are approximate and where its MMA adds in another order; both
+show as the last bit of a few results.
 """
 
 from __future__ import annotations
