@@ -41,12 +41,13 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
-from fa4_jax._variants import Variant
+from fa4_jax._variants import Feature, Variant
 from kernels.common.copy_sm90 import (
     SlabPairs,
     accumulator_to_smem,
+    matrix_rows,
     slab_pairs,
-    store_matrix,
+    store_matrices,
     store_pairs,
     tma_atom,
     tma_store,
@@ -56,14 +57,19 @@ from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     KeyTile,
     Operands,
+    Scalars,
+    Softcap,
     Statistics,
+    cap,
+    capped_gradients,
     column_statistic,
     key_tile,
     load_operands,
     mask_transposed,
     probabilities,
+    score_gradient,
 )
-from kernels.common.mask import accumulator_coordinates
+from kernels.common.mask import Band, accumulator_coordinates
 from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
@@ -73,7 +79,6 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
-from kernels.common.softmax import LOG2_E
 
 # Named barriers; 0 is sync_threads. DQ_EMPTY + i and DQ_FULL + i belong to warpgroup i's dq slab.
 COMPUTE, DQ_EMPTY, DQ_FULL = 1, 2, 4
@@ -140,6 +145,8 @@ class BackwardSm90:
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
+        self.has_intervals = Feature.interval in variant.features
+        self.has_softcap = Feature.softcap in variant.features
         self.scores_ahead = variant.tiles.scores_ahead
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
@@ -162,7 +169,7 @@ class BackwardSm90:
         band_upper: Int32,
         *buffers: cute.Tensor,
     ):
-        q, k, v, dout, lse_log2, dpsum, dq_accum, *interval, dk, dv = buffers
+        q, k, v, dout, lse_log2, dpsum, dq_accum, *intervals, dk, dv = buffers
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
         q, k, v, dout, dk, dv = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
@@ -188,6 +195,7 @@ class BackwardSm90:
             *tma_atom(reduce, dq, layouts.dq, (DQ_SLAB, DQ_SLAB)),
         )
         stages = self.stages
+        bounds = self.tile_m * stages if self.has_intervals else 0
 
         def room(layout: cute.ComposedLayout):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
@@ -200,6 +208,8 @@ class BackwardSm90:
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
+            kv_start: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
+            kv_end: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
             q: room(layouts.q)
             dout: room(layouts.dout)
             k: room(layouts.k)
@@ -215,8 +225,13 @@ class BackwardSm90:
             stores,
             self.mma(),
             layouts,
-            Statistics(lse_log2, dpsum),
-            (softmax_scale, band_lower, band_upper),
+            Statistics(lse_log2, dpsum, tuple(intervals[:2])),
+            Scalars(
+                softmax_scale,
+                Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
+                Band(band_lower, band_upper),
+            ),
+            tuple(intervals[2:]),
         ).launch(
             grid=(n_blocks * k.shape[2] * k.shape[3], 1, 1),
             block=(self.threads, 1, 1),
@@ -265,7 +280,8 @@ class BackwardSm90:
         mma: Mma,
         layouts: Layouts,
         statistics: Statistics,
-        scalars: tuple[Float32, Int32, Int32],
+        scalars: Scalars,
+        query_range: tuple[cute.Tensor, ...],
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -275,7 +291,7 @@ class BackwardSm90:
         pipes = tuple(
             load_tile_pipeline(barriers, layout, self.dtype, warps, extra)
             for barriers, layout, extra in (
-                (storage.q_barriers, layouts.q, row_bytes),
+                (storage.q_barriers, layouts.q, (3 if self.has_intervals else 1) * row_bytes),
                 (storage.k_barriers, layouts.k, 0),
                 (storage.v_barriers, layouts.v, 0),
                 (storage.dout_barriers, layouts.dout, row_bytes),
@@ -286,7 +302,7 @@ class BackwardSm90:
         pipeline.pipeline_init_wait()
 
         tile_mn = (self.tile_m, self.tile_n)
-        tile = key_tile(coordinates.q, coordinates.k, tile_mn, *scalars)
+        tile = key_tile(coordinates.q, coordinates.k, tile_mn, scalars, query_range)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
@@ -296,7 +312,7 @@ class BackwardSm90:
                 self.store_dq(stores, smem, tile)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.compute(thread - WARPGROUP, mma, smem, layouts.dq, consumers, tile, stores)
+            self.compute(thread - WARPGROUP, mma, smem, layouts, consumers, tile, stores)
 
     def shared_memory(self, storage, layouts: Layouts) -> Smem:
         """The tiles and their transposed views."""
@@ -312,6 +328,8 @@ class BackwardSm90:
         q, dout = tile(storage.q, layouts.q), tile(storage.dout, layouts.dout)
         k, ds = tile(storage.k, layouts.k), tile(storage.ds, layouts.ds)
         rows = cute.make_layout((self.tile_m, self.stages))
+        bounds = (storage.kv_start, storage.kv_end) if const_expr(self.has_intervals) else ()
+        interval = tuple(bound.get_tensor(rows) for bound in bounds)
         return Smem(
             operands=Operands(q=q, k=k, v=tile(storage.v, layouts.v), dout=dout),
             q_t=view(q, layouts.q_t),
@@ -321,7 +339,9 @@ class BackwardSm90:
             ds_t=view(ds, layouts.ds_t),
             dq=tile(storage.dq, layouts.dq),
             dq_flat=storage.dq.get_tensor(cute.make_layout(cute.cosize(layouts.dq))),
-            rows=Statistics(storage.lse_log2.get_tensor(rows), storage.dpsum.get_tensor(rows)),
+            rows=Statistics(
+                storage.lse_log2.get_tensor(rows), storage.dpsum.get_tensor(rows), interval
+            ),
         )
 
     @cute.jit
@@ -330,7 +350,7 @@ class BackwardSm90:
         thread: Int32,
         mma: Mma,
         smem: Smem,
-        dq_layout: cute.ComposedLayout,
+        layouts: Layouts,
         consumers: Operands,
         tile: KeyTile,
         stores: Stores,
@@ -359,14 +379,16 @@ class BackwardSm90:
         dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
         dk.fill(0.0)
         dv.fill(0.0)
-        ds_copy = store_matrix(self.dtype, mma.scores)
-        s_ds = ds_copy.get_slice(thread).partition_D(smem.ds)
+        s_ds = matrix_rows(smem.ds, layouts.ds, thread)
         s_dq = slab_pairs(
-            smem.dq_flat, dq_layout, mma.dq_slab, (thread % WARPGROUP, group), (DQ_SLAB, DQ_SLAB)
+            smem.dq_flat, layouts.dq, mma.dq_slab, (thread % WARPGROUP, group), (DQ_SLAB, DQ_SLAB)
         )
         mine = mma.scores.get_slice(thread)
-        s_lse, s_dpsum = (column_statistic(rows, mine, self.tile_n) for rows in smem.rows)
-        scale_log2 = tile.softmax_scale * LOG2_E
+        s_lse, s_dpsum, *s_interval = (
+            column_statistic(rows, mine, self.tile_n)
+            for rows in (smem.rows.lse_log2, smem.rows.dpsum, *smem.rows.interval)
+        )
+        scale_log2 = tile.scalars.scale_log2()
         blocks = tile.blocks
 
         if blocks.end > blocks.begin:
@@ -390,16 +412,23 @@ class BackwardSm90:
                         f_dout_m = stage(f_dout, dout_slot)
                         issue_gemm(mma.scores, dp, f_v, f_dout_m, zero=True)
                         warpgroup.wait_group(1)
+                        cap(scores, tile.scalars)
                         if const_expr(masked):
-                            tile_mn = (self.tile_m, self.tile_n)
-                            mask_transposed(rows_and_columns(scores), coords, m, tile, tile_mn)
+                            interval = tuple(s[None, None, q_slot.index] for s in s_interval)
+                            place = (m, tile, (self.tile_m, self.tile_n))
+                            mask_transposed(rows_and_columns(scores), coords, *place, interval)
                         lse_log2 = s_lse[None, None, q_slot.index]
-                        probabilities(rows_and_columns(scores), lse_log2, scale_log2)
-                        p = to_16_bit(scores, self.dtype)
-                        warpgroup.wait_group(0)
                         dpsum = s_dpsum[None, None, dout_slot.index]
-                        self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
-                        ds = to_16_bit(dp, self.dtype)
+                        if const_expr(self.has_softcap):
+                            warpgroup.wait_group(0)
+                            rows = (lse_log2, dpsum)
+                            p, ds = capped_gradients((scores, dp), rows, scale_log2, self.dtype)
+                        else:
+                            probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                            p = to_16_bit(scores, self.dtype)
+                            warpgroup.wait_group(0)
+                            score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
+                            ds = to_16_bit(dp, self.dtype)
                         f_dout_m = stage(f_dout_t, dout_slot)
                         issue_gemm(mma.dv, dv, as_a_operand(p), f_dout_m, zero=False)
                         if const_expr(self.scores_ahead):
@@ -407,7 +436,7 @@ class BackwardSm90:
                             q_next = q_consumer.wait()
                             f_q_m = stage(f_q, q_next)
                             issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
-                        cute.copy(ds_copy, ds_copy.retile(ds), s_ds[None, None, None, q_slot.index])
+                        store_matrices(ds, s_ds, q_slot.index)
                         cute.arch.fence_view_async_shared()
                         cute.arch.barrier(
                             barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
@@ -430,7 +459,7 @@ class BackwardSm90:
             if const_expr(self.scores_ahead):
                 q_consumer.release()
 
-        dk.store(dk.load() * tile.softmax_scale)
+        dk.store(dk.load() * tile.scalars.softmax_scale)
         self.epilogue(thread, mma, smem, tile, stores, (dk, dv))
 
     @cute.jit
@@ -441,17 +470,6 @@ class BackwardSm90:
         store_pairs(rows_and_columns(dq), s_dq)
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=threads)
-
-    @cute.jit
-    def score_gradient(self, p: cute.Tensor, dp: cute.Tensor, dpsum: cute.Tensor):
-        """dp <- p * (dp - dpsum), the gradient of the scaled scores."""
-        for pair in cutlass.range_constexpr(cute.size(dpsum, mode=[1])):
-            statistic = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(dpsum[None, pair], statistic)
-            for r in cutlass.range_constexpr(cute.size(p, mode=[0])):
-                for c in cutlass.range_constexpr(2):
-                    i = 2 * pair + c
-                    dp[r, i] = p[r, i] * (dp[r, i] - statistic[c])
 
     @cute.jit
     def epilogue(
