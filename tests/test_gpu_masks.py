@@ -27,6 +27,7 @@ from reference import (
     Oracle,
     failures,
     inputs,
+    judge,
     measure,
     verdicts,
     visible,
@@ -35,7 +36,7 @@ from reference import (
     xla_gradients,
 )
 
-from fa4_jax import flash_attention, flash_attention_varlen
+from fa4_jax import _ffi, explain, flash_attention, flash_attention_varlen
 from fa4_jax._variants import Variant
 
 pytestmark = pytest.mark.gpu
@@ -231,6 +232,11 @@ class Call:
         return x.reshape(1, -1, *x.shape[2:]) if KINDS[self.kind].is_packed else x
 
 
+def given(arrays: Arrays) -> dict[str, jax.Array]:
+    """As traced arrays."""
+    return {name: jnp.asarray(x, jnp.int32) for name, x in arrays.items()}
+
+
 def bucket(size: int, sizes: tuple[int, ...]) -> int:
     """The smallest of `sizes` that is large enough."""
     return next(x for x in sizes if size <= x)
@@ -319,8 +325,7 @@ def run(call: Call, operands: tuple, cotangents: tuple, arrays: Arrays) -> jax.A
     dout, dlse = cotangents
     flat = (*map(call.flatten, (q, k, v)), sinks)
     dlse = call.flatten(dlse.swapaxes(1, 2)).swapaxes(1, 2)
-    given = {name: jnp.asarray(x, jnp.int32) for name, x in arrays.items()}
-    *ours, _ = answers(call, flat, (call.flatten(dout), dlse), given)
+    *ours, _ = answers(call, flat, (call.flatten(dout), dlse), given(arrays))
     if not call.has_sinks:
         flat = (*flat[:3], jnp.full_like(sinks, -jnp.inf))
     *folded, sinks = fold(flat, (call.flatten(dout), dlse), tuple(ours))
@@ -515,3 +520,296 @@ def test_fuzz(program: int, worst: dict) -> None:
         record(worst, f"fuzz {program} {i} {row.name} {call} {sizes}", found)
         wrong += [f"mask {i}: {text}" for text in failures(found).splitlines()]
     assert not wrong, "\n".join([f"{row.name} {call} {sizes} {num_q} {num_kv}", *wrong])
+
+
+def test_a_thousand_short_sequences_in_a_batch(worst: dict) -> None:
+    """Each with lengths of its own, 0 among them."""
+    row, rng = gpu.first_row(), np.random.default_rng(1)
+    shapes = (1000, 40, 4, row.head_dim), (1000, 45, 2, row.head_dim), (1000, 45, 2, row.head_dim_v)
+    check_whole(worst, Call("lengths_bottom_right", has_sinks=True), row, shapes, rng)
+
+
+def test_a_thousand_short_sequences_in_a_row(worst: dict) -> None:
+    """Packed, of 0 to 4 positions."""
+    row, rng = gpu.first_row(), np.random.default_rng(2)
+    cu_seqlens = np.r_[0, np.cumsum(rng.integers(0, 5, 1000))]
+    total = int(cu_seqlens[-1]) + 10
+    shapes = (1, total, 4, row.head_dim), (1, total, 4, row.head_dim), (1, total, 4, row.head_dim_v)
+    check_whole(worst, Call("packed_causal"), row, shapes, rng, {"cu_seqlens_q": cu_seqlens})
+
+
+def check_whole(  # noqa: PLR0913 - a case
+    worst: dict,
+    call: Call,
+    row: Variant,
+    shapes: tuple,
+    rng: np.random.Generator,
+    arrays: Arrays | None = None,
+) -> None:
+    """A call of these shapes, judged."""
+    dtype = row.dtype.numpy_name
+    sizes = Sizes(shapes[0][0], shapes[0][1], shapes[1][1])
+    arrays = KINDS[call.kind].make(rng, sizes) if arrays is None else arrays
+    poison()
+    measures = run(
+        call, make_operands(rng, shapes, dtype), gpu.cotangents(rng, shapes, dtype), arrays
+    )
+    found = judged(measures, dtype, call)
+    record(worst, f"{row.name} {call} {shapes[0]}", found)
+    assert not failures(found), failures(found)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("row", ROWS[:1] + ROWS[-1:], ids=lambda v: v.name)
+def test_the_gradient_of_sinks(row: Variant, softcap: float | None, worst: dict) -> None:
+    gpu.skip_unless_built_for_this_gpu(row)
+    rng = np.random.default_rng(4)
+    dtype, sizes = row.dtype.numpy_name, Sizes(2, 200, 200)
+    shapes = gpu.case_shapes(row, (200, 200), "gqa4")
+    operands = make_operands(rng, shapes, dtype)
+    grads = gpu.cotangents(rng, shapes, dtype)
+    call = Call("segments_causal", softcap=softcap, has_sinks=True)
+    arrays = self_segments(rng, sizes)
+    dsinks = answers(call, operands, grads, {n: jnp.asarray(x) for n, x in arrays.items()})[-1]
+    *qkv, sinks = operands
+    seen, scale = KINDS[call.kind].seen(sizes, arrays)[:, None, None], 1 / math.sqrt(row.head_dim)
+
+    @jax.jit
+    def baseline(qkv, sinks, grads):
+        _, vjp = jax.vjp(lambda sinks: xla_attention(*qkv, seen, scale, sinks, softcap), sinks)
+        return vjp(grads)[0]
+
+    with jax.enable_x64(True):
+        wide = (jnp.asarray(x, jnp.float64) for x in (*qkv, *grads))
+        oracle = Oracle(seen, scale, softcap=softcap, sinks=sinks.astype(jnp.float64), xp=jnp)
+        expected = np.asarray(oracle.dsinks(*wide))
+    found = judge("dsinks", np.asarray(dsinks), expected, np.asarray(baseline(qkv, sinks, grads)))
+    record(worst, f"{row.name} {call}", found)
+    assert not failures(found), failures(found)
+
+
+# --- What a query doesn't see.
+# -----------------------------
+
+# Both ways in which a backward divides its work.
+FEW_ROWS = [v for v in ROWS if v.head_dim in (64, 192) and v.dtype == ROWS[0].dtype]
+
+
+def bits(x: Any) -> np.ndarray:
+    """Integers, so that NaN equals itself and 0 isn't -0."""
+    x = np.asarray(x)
+    return x.view(f"u{x.dtype.itemsize}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("row", FEW_ROWS, ids=lambda v: v.name)
+def test_an_unseen_key_changes_no_bit(row: Variant, kind: str) -> None:
+    """Of out, lse and dq in the rows that don't see it; and it changes the rows that do.
+
+    There are two key tiles at most, so that dq, which is summed by atomic additions, is repeatable.
+    """
+    gpu.skip_unless_built_for_this_gpu(row)
+    rng = np.random.default_rng(list(KINDS).index(kind))
+    sizes = Sizes(1 if KINDS[kind].is_packed else 2, 200, 128)
+    shapes = (
+        (sizes.batch, 200, 4, row.head_dim),
+        (sizes.batch, 128, 2, row.head_dim),
+        (sizes.batch, 128, 2, row.head_dim_v),
+    )
+    q, k, v, sinks = make_operands(rng, shapes, row.dtype.numpy_name)
+    grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
+    call = Call(kind, softcap=None if row.head_dim == 64 else 30.0, has_sinks=True)
+    for _ in range(4):
+        arrays = KINDS[kind].make(rng, sizes)
+        seen = KINDS[kind].seen(sizes, arrays)
+
+        def rows(k, v, arrays=arrays):
+            out, lse, dq, dk, dv, _ = answers(call, (q, k, v, sinks), grads, given(arrays))
+            found = [bits(x) for x in (out, lse.swapaxes(1, 2)[..., None], dq)]
+            return found, np.asarray(dk, np.float32), np.asarray(dv, np.float32)
+
+        before, dk, dv = rows(k, v)
+        nobody = ~seen.any(1)
+        assert not dk[nobody].any() and not dv[nobody].any()
+        keys = rng.choice(128, 3, replace=False)
+        after, *_ = rows(k.at[:, keys].add(100), v.at[:, keys].add(1000))
+        unseen = ~seen[:, :, keys].any(-1)
+        same = [(x == y).all((2, 3)) for x, y in zip(before, after, strict=True)]
+        for name, x in zip(("out", "lse", "dq"), same, strict=True):
+            assert x[unseen].all(), name
+        assert unseen.all() or same[0][~unseen].mean() < 0.2
+
+
+@pytest.mark.parametrize("row", FEW_ROWS, ids=lambda v: v.name)
+def test_a_scattered_segment_is_nan_and_no_other(row: Variant) -> None:
+    gpu.skip_unless_built_for_this_gpu(row)
+    rng = np.random.default_rng(6)
+    shapes = gpu.case_shapes(row, (200, 128), "gqa4")
+    operands = make_operands(rng, shapes, row.dtype.numpy_name)
+    grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
+    arrays = {"q_segment_ids": np.arange(200) // 50, "kv_segment_ids": np.arange(128) // 32}
+    arrays = {name: np.tile(x, (2, 1)) for name, x in arrays.items()}
+    arrays["kv_segment_ids"][1, 5] = 2
+    # The same, but for queries that see nothing instead.
+    others = {
+        **arrays,
+        "q_segment_ids": np.where(arrays["q_segment_ids"] == 2, 77, arrays["q_segment_ids"]),
+    }
+    others["q_segment_ids"][0] = arrays["q_segment_ids"][0]
+    call = Call("segments", has_sinks=True)
+    broken = np.zeros((2, 200), bool)
+    broken[1] = arrays["q_segment_ids"][1] == 2
+    results = [answers(call, operands, grads, given(x)) for x in (arrays, others)]
+    for x, y in zip(*((r[0], r[1].swapaxes(1, 2), r[2]) for r in results), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert np.isnan(x[broken].astype(np.float32)).all()
+        assert (bits(x)[~broken] == bits(y)[~broken]).all()
+    for x, y in zip(*(r[3:5] for r in results), strict=True):
+        assert (bits(x[0]) == bits(y[0])).all()
+        assert np.isnan(np.asarray(x[1], np.float32)).any()
+
+
+def test_absurd_bounds_give_something_and_leave_the_gpu_well() -> None:
+    """Values that the arguments' own arithmetic could wrap around."""
+    row, rng = gpu.first_row(), np.random.default_rng(8)
+    sizes, shapes = Sizes(2, 200, 300), gpu.case_shapes(row, (200, 300), "gqa4")
+    operands = make_operands(rng, shapes, row.dtype.numpy_name)
+    grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
+    wild = np.array([-(2**31), -1, 0, 1, 63, 300, 2**30, 2**31 - 1])
+    for kind in ("wide_bounds_causal", "lengths_bottom_right", "packed", "bounds_window"):
+        for _ in range(10):
+            arrays = KINDS[kind].make(rng, sizes)
+            arrays = {name: rng.choice(wild, x.shape) for name, x in arrays.items()}
+            call = Call(kind, has_sinks=True)
+            flat = (*map(call.flatten, operands[:3]), operands[3])
+            dlse = call.flatten(grads[1].swapaxes(1, 2)).swapaxes(1, 2)
+            results = answers(call, flat, (call.flatten(grads[0]), dlse), given(arrays))
+            assert all(
+                np.isfinite(np.asarray(x, np.float32)).all() for x in (results[0], *results[2:])
+            )
+
+
+# --- Many calls.
+# ---------------
+
+
+@pytest.mark.parametrize("kind", ["segments_causal", "bounds", "packed_causal"])
+@pytest.mark.parametrize("row", FEW_ROWS, ids=lambda v: v.name)
+def test_a_thousand_runs_are_the_same(row: Variant, kind: str) -> None:
+    """out, lse, dk and dv bit by bit; dq is summed by atomic additions."""
+    gpu.skip_unless_built_for_this_gpu(row)
+    rng = np.random.default_rng(9)
+    sizes = Sizes(1, 1000, 1000)
+    shapes = (
+        (1, 1000, 4, row.head_dim),
+        (1, 1000, 2, row.head_dim),
+        (1, 1000, 2, row.head_dim_v),
+    )
+    operands = make_operands(rng, shapes, row.dtype.numpy_name)
+    grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
+    call = Call(kind, softcap=10.0, has_sinks=True)
+    arrays = given(KINDS[kind].make(rng, sizes))
+
+    def repeatable() -> tuple:
+        out, lse, _, dk, dv, _ = answers(call, operands, grads, arrays)
+        return out, lse, dk, dv
+
+    @jax.jit
+    def same(x, y):
+        words = {2: jnp.uint16, 4: jnp.uint32}
+        equal = [
+            (
+                jax.lax.bitcast_convert_type(a, words[a.dtype.itemsize])
+                == jax.lax.bitcast_convert_type(b, words[b.dtype.itemsize])
+            ).all()
+            for a, b in zip(x, y, strict=True)
+        ]
+        return jnp.stack(equal)
+
+    first, equal = repeatable(), jnp.ones(4, bool)
+    for i in range(1000):
+        if i % 100 == 0:
+            poison()
+        equal &= same(first, repeatable())
+    assert np.asarray(equal).all(), dict(
+        zip(("out", "lse", "dk", "dv"), np.asarray(equal), strict=True)
+    )
+
+
+def test_ten_thousand_calls_take_no_more_memory_and_compile_nothing() -> None:
+    row, rng = gpu.first_row(), np.random.default_rng(10)
+    sizes, shapes = Sizes(2, 150, 170), gpu.case_shapes(row, (150, 170), "gqa4")
+    operands = make_operands(rng, shapes, row.dtype.numpy_name)
+    grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
+    call = Call("bounds", softcap=10.0, has_sinks=True)
+    masks = [given(bounds(rng, sizes)) for _ in range(16)]
+    device = jax.devices()[0]
+
+    def calls(number: int) -> tuple[int, int, int]:
+        for i in range(number):
+            results = answers(call, operands, grads, masks[i % 16])
+        jax.block_until_ready(results)
+        del results
+        in_use = device.memory_stats()["bytes_in_use"]
+        return in_use, _ffi.module_loads(0), answers._cache_size()
+
+    assert calls(100) == calls(10_000)
+
+
+# --- The rest of JAX.
+# --------------------
+
+
+def test_none_chooses_the_rows_silently() -> None:
+    """Warnings are errors here, so a fallback would raise."""
+    row, rng = gpu.first_row(), np.random.default_rng(11)
+    q, k, v, sinks = make_operands(
+        rng, gpu.case_shapes(row, (150, 170), "gqa4"), row.dtype.numpy_name
+    )
+    options = given(segments(rng, Sizes(2, 150, 170)))
+    for more, features in (
+        ({}, "_interval"),
+        ({"softcap": 3.0, "sinks": sinks}, "_interval_softcap"),
+    ):
+        key = row.key + features
+        assert explain(q, k, v, **options, **more).startswith(f"fa4: {key};")
+        ours = flash_attention(q, k, v, **options, **more)
+        asked = flash_attention(q, k, v, **options, **more, implementation=IMPLEMENTATION)
+        assert np.array_equal(bits(ours), bits(asked))
+
+
+def test_sinks_alone_need_no_intervals() -> None:
+    """A plain row computes them: the same with bounds that say nothing, up to rounding."""
+    row, rng = gpu.first_row(), np.random.default_rng(12)
+    q, k, v, sinks = make_operands(
+        rng, gpu.case_shapes(row, (150, 170), "gqa4"), row.dtype.numpy_name
+    )
+    options = {"causal": True, "sinks": sinks, "return_lse": True, "implementation": IMPLEMENTATION}
+    assert explain(q, k, v, causal=True, sinks=sinks).startswith(f"fa4: {row.key};")
+    plain = flash_attention(q, k, v, **options)
+    bounded = flash_attention(q, k, v, kv_end=jnp.full((2, 150), 170), **options)
+    np.testing.assert_allclose(np.asarray(plain[1]), np.asarray(bounded[1]), 1e-6, 1e-6)
+
+
+def test_vmap_over_masks_and_sinks() -> None:
+    row, rng = gpu.first_row(), np.random.default_rng(13)
+    shapes = gpu.case_shapes(row, (150, 170), "gqa4")
+    *qkv, _ = make_operands(rng, shapes, row.dtype.numpy_name)
+    grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
+    sinks = jnp.asarray(rng.standard_normal((5, shapes[0][2])), jnp.float32)
+    masks = [given(bounds(rng, Sizes(2, 150, 170))) for _ in range(5)]
+    call = Call("bounds", has_sinks=True)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *masks)
+
+    def one(sinks, arrays):
+        return answers(call, (*qkv, sinks), grads, arrays)
+
+    together = jax.vmap(one)(sinks, stacked)
+    for i, arrays in enumerate(masks):
+        alone = one(sinks[i], arrays)
+        for name, x, y in zip((*NAMES, "dsinks"), together, alone, strict=True):
+            if name in ("dq", "dsinks"):
+                x, y = np.asarray(x[i], np.float32), np.asarray(y, np.float32)
+                np.testing.assert_allclose(x, y, 0, 1e-2 * np.abs(y).max(), err_msg=name)
+            else:
+                assert (bits(x[i]) == bits(y)).all(), name
