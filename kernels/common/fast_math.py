@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic that the DSL has no name for."""
 
+import math
+
 from cutlass import BFloat16, Float32, Int32, Numeric, cute
 
 
@@ -29,3 +31,12 @@ def round_pair(low: Float32, high: Float32, dtype: type[Numeric]) -> Int32:
         write_only_types=[Int32],
         read_only_args=[low, high],
     )
+
+
+def tanh(x: Float32) -> Float32:
+    """1 - 2 / (1 + exp(2 x)), within 4e-7 of the hyperbolic tangent; -1 and 1 at the infinities.
+
+    The chip's own approximation is three instructions shorter, and 5e-4 off: visible in an lse.
+    """
+    exp = cute.math.exp2(x * (2 * math.log2(math.e)), fastmath=True)
+    return fma(Float32(-2.0), cute.arch.rcp_approx(exp + 1.0), Float32(1.0))

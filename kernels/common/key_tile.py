@@ -15,7 +15,7 @@ from cutlass.cute.nvgpu import cpasync
 from kernels.common.block_range import BlockRange, visible_blocks
 from kernels.common.copy_sm90 import tma_tiles
 from kernels.common.fast_math import fma
-from kernels.common.mask import Coordinates, mask_scores
+from kernels.common.mask import Band, Coordinates, mask_scores
 
 
 class KeyTile(NamedTuple):
@@ -177,7 +177,8 @@ def mask_transposed(
     m_start, n_start = m * tile_mn[0], tile.n_block * tile_mn[1]
     shift = n_start - m_start
     extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
-    mask_scores(scores, coords, shift - tile.band_upper, shift - tile.band_lower, extent)
+    band = Band(shift - tile.band_upper, shift - tile.band_lower)
+    mask_scores(scores, coords, band, extent)
 
 
 @cute.jit
