@@ -67,11 +67,11 @@ from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_spl
 from kernels.common.scheduler import TileOrder, place_of, rounds_of, tile_order
 from kernels.common.softmax import (
     LOG2_E,
-    OnlineSoftmax,
     finish,
     make_online_softmax,
     online_softmax,
     rescale,
+    spoil,
 )
 
 # Named barriers; 0 is sync_threads. TURN + i is consumer warpgroup i's turn at the tensor cores.
@@ -402,6 +402,7 @@ class ForwardSm90:
             acc.fill(0.0)
             acc_rows = rows_and_columns(acc)
             softmax = make_online_softmax(cute.size(acc_rows, mode=[0]))
+            seen = self.seen(coords, tile, problem)
             q_slot = q_consumer.wait_and_advance()
 
             if blocks.end > blocks.begin:
@@ -415,7 +416,7 @@ class ForwardSm90:
                 k_slot.release()
                 self.cap(scores, problem)
                 if blocks.needs_mask(blocks.end - 1):
-                    self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile, problem)
+                    self.mask(scores, coords, seen, (tile.m_block, blocks.end - 1), problem)
                 online_softmax(softmax, rows_and_columns(scores), scale_log2)
                 probabilities = to_16_bit(scores, self.dtype)
                 p_operand = as_a_operand(probabilities)
@@ -433,8 +434,8 @@ class ForwardSm90:
                         k_slot.release()
                         self.cap(scores, problem)
                         if const_expr(masked):
-                            n = end - 1 - i
-                            self.mask(rows_and_columns(scores), coords, n, tile, problem)
+                            place = (tile.m_block, end - 1 - i)
+                            self.mask(scores, coords, seen, place, problem)
                         online_softmax(softmax, rows_and_columns(scores), scale_log2)
                         warpgroup.wait_group(0)
                         v_slot.release()
@@ -448,7 +449,7 @@ class ForwardSm90:
 
             finish(softmax, problem.softmax_scale, self.sink(tile, problem))
             if const_expr(self.has_intervals):
-                self.spoil_broken(softmax, coords, tile, problem)
+                spoil(softmax, seen)
             rescale(acc_rows, softmax.decay)
             first_row = tile.m_block * self.tile_m
             extent = problem.seqlen_q - first_row
@@ -467,36 +468,39 @@ class ForwardSm90:
                 scores[i] = tanh(scores[i] * problem.score_scale)
 
     @cute.jit
-    def mask(
-        self, scores: cute.Tensor, coords: Coordinates, n: Int32, tile: Tile, problem: Problem
-    ):
-        """Mask what the tile's queries don't see of key tile n."""
-        m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
-        shift = m_start - n_start
-        extent = (problem.seqlen_q - m_start, problem.seqlen_k - n_start)
-        if const_expr(self.has_intervals):
-            rows = self.intervals(tile, problem, n_start)
-        else:
-            rows = Band(problem.band.lower + shift, problem.band.upper + shift)
-        mask_scores(scores, coords, rows, extent)
+    def seen(self, coords: Coordinates, tile: Tile, problem: Problem) -> Band | Intervals:
+        """Which keys this thread's queries of a tile see.
 
-    def intervals(self, tile: Tile, problem: Problem, n_start: Int32) -> Intervals:
-        """What the tile's queries see, counted from key n_start."""
-        m_start = tile.m_block * self.tile_m
-        bounds = problem.intervals[:2]
-        start, end = (cute.domain_offset((m_start,), x[tile.batch, None]) for x in bounds)
-        return Intervals(start, end, problem.seqlen_q - m_start - 1, n_start)
+        Four registers for the whole tile, and they fit: loaded where they are needed, they'd make a
+        masked key tile wait, and 30 instructions longer.
+        """
+        seen = problem.band
+        if const_expr(self.has_intervals):
+            m_start = tile.m_block * self.tile_m
+            last = problem.seqlen_q - m_start - 1
+            rows = cute.size(coords.offsets, mode=[0])
+            seen = Intervals(*(cute.make_rmem_tensor(rows, Int32) for _ in range(2)))
+            for bounds, registers in zip(problem.intervals[:2], seen, strict=True):
+                bounds = cute.domain_offset((m_start,), bounds[tile.batch, None])
+                for r in cutlass.range_constexpr(rows):
+                    row = coords.row + coords.offsets[r, 0][0]
+                    registers[r] = bounds[cutlass.min(row, last)]
+        return seen
 
     @cute.jit
-    def spoil_broken(
-        self, softmax: OnlineSoftmax, coords: Coordinates, tile: Tile, problem: Problem
+    def mask(
+        self,
+        scores: cute.Tensor,
+        coords: Coordinates,
+        seen: Band | Intervals,
+        place: tuple[Int32, Int32],
+        problem: Problem,
     ):
-        """NaN for what the tile's broken queries, whose interval starts below 0, get."""
-        rows = self.intervals(tile, problem, Int32(0))
-        for r in cutlass.range_constexpr(cute.size(softmax.decay)):
-            first, _ = rows.interval(coords.row + coords.offsets[r, 0][0])
-            for result in (softmax.decay, softmax.row_max):
-                result[r] = Float32.nan if first < 0 else result[r]
+        """Mask what the queries of tile place[0] don't see of key tile place[1]."""
+        m_start, n_start = place[0] * self.tile_m, place[1] * self.tile_n
+        extent = (problem.seqlen_q - m_start, problem.seqlen_k - n_start)
+        seen = seen.from_tile(m_start, n_start)
+        mask_scores(rows_and_columns(scores), coords, seen, extent)
 
     @cute.jit
     def sink(self, tile: Tile, problem: Problem) -> Float32:

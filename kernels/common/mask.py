@@ -42,26 +42,28 @@ class Band(NamedTuple):
     lower: Int32
     upper: Int32
 
-    def interval(self, row: Int32) -> tuple[Int32, Int32]:
-        """The columns [first, end) that a row sees."""
+    def from_tile(self, row: Int32, column: Int32) -> "Band":
+        """The same, counted from (row, column)."""
+        return Band(self.lower + (row - column), self.upper + (row - column))
+
+    def interval(self, r: int, row: Int32) -> tuple[Int32, Int32]:
+        """The columns [first, end) that a row, this thread's row r, sees."""
         return row + self.lower, row + self.upper + 1
 
 
 class Intervals(NamedTuple):
-    """Every row sees an interval of its own, which lies in global memory, counted from `origin`.
+    """This thread's row r sees columns [first[r], end[r]); first[r] < 0 says that it is broken."""
 
-    Two loads of a row where it is masked, and no register in between.
-    """
+    first: cute.Tensor | list[Int32]
+    end: cute.Tensor | list[Int32]
 
-    start: cute.Tensor
-    end: cute.Tensor
-    last: Int32  # the last row that there is
-    origin: Int32
+    def from_tile(self, row: Int32, column: Int32) -> "Intervals":
+        """The same, counted from (row, column)."""
+        return Intervals(*([x[r] - column for r in range(cute.size(x))] for x in self))
 
-    def interval(self, row: Int32) -> tuple[Int32, Int32]:
-        """The columns [first, end) that a row sees."""
-        row = cutlass.min(row, self.last)
-        return self.start[row] - self.origin, self.end[row] - self.origin
+    def interval(self, r: int, row: Int32) -> tuple[Int32, Int32]:
+        """The columns [first, end) that a row, this thread's row r, sees."""
+        return self.first[r], self.end[r]
 
 
 def from_element(column: Int32) -> Uint32:
@@ -82,12 +84,12 @@ def from_element(column: Int32) -> Uint32:
 def mask_scores(
     scores: cute.Tensor,
     coordinates: Coordinates,
-    rows: Band | Intervals,
+    seen: Band | Intervals,
     extent: tuple[Int32, Int32],
 ):
     """scores[r, c] = -inf unless the row sees the column and (row, column) < extent.
 
-    `scores` is (rows, columns); what rows see and the extent are relative to the tile.
+    `scores` is (rows, columns); `seen` and the extent are relative to the tile.
 
     A row's interval becomes one bit per element, which R2P turns into predicates, 7 at a time: two
     comparisons an element were 263 of a masked tile's 725 to 770 instructions (forward, 128
@@ -95,7 +97,7 @@ def mask_scores(
     """
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         row = coordinates.row + coordinates.offsets[r, 0][0]
-        first, end = rows.interval(row)
+        first, end = seen.interval(r, row)
         end = cutlass.min(end, extent[1]) if row < extent[0] else first
         first, end = first - coordinates.column, end - coordinates.column
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Float32, cute
 
+from kernels.common.mask import Intervals
 from kernels.common.mma_sm90 import LANES_PER_ROW
 
 LOG2_E = math.log2(math.e)
@@ -94,3 +95,11 @@ def finish(state: OnlineSoftmax, scale: Float32, sink: Float32):
             total = total * weight + cute.math.exp2((sink - highest) * LOG2_E, fastmath=True)
         state.decay[r] = Float32(0.0) if total == 0.0 else weight * cute.arch.rcp_approx(total)
         state.row_max[r] = highest + cute.math.log2(total, fastmath=True) * LN_2
+
+
+@cute.jit
+def spoil(state: OnlineSoftmax, seen: Intervals):
+    """NaN for the results of broken rows."""
+    for r in cutlass.range_constexpr(cute.size(seen.first)):
+        if seen.first[r] < 0:
+            state.decay[r] = state.row_max[r] = Float32.nan
