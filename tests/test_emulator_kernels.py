@@ -152,10 +152,10 @@ PERSISTENT_CASES = {
 INTERVAL_CASES = {
     # One sequence without queries, one without keys, padding; no tile that every row sees all of.
     "packed": IntervalCase(
-        *(1, 330, 330, (2, 1), {"window_size": (None, 10)}),
+        *(1, 260, 260, (2, 1), {"window_size": (None, 10)}),
         softcap=50.0,
         head_sinks=(0.5, -np.inf),
-        packing=((0, 70, 70, 262, 290, 330), (0, 70, 80, 272, 272, 312)),
+        packing=((0, 50, 50, 205, 230, 260), (0, 50, 60, 215, 215, 245)),
     ),
     # Whole tiles that need no mask; queries beyond a length; logits up to 20 times the cap.
     "lengths": IntervalCase(
@@ -165,10 +165,10 @@ INTERVAL_CASES = {
         lengths=((150, 97), (390, 200)),
     ),
     "any_bounds": IntervalCase(
-        *(1, 200, 300, (2, 2)),
+        *(1, 200, 300, (1, 1)),
         family="rising_row_maximum",
         softcap=15.0,
-        head_sinks=(30.0, -2.0),
+        head_sinks=(30.0,),
     ),
     "broken_row": IntervalCase(2, 70, 90, (1, 1), softcap=3.0, broken=((1, 65),)),
 }
