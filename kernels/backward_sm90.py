@@ -138,7 +138,7 @@ class Mma(NamedTuple):
 
 
 class BackwardSm90:
-    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.backward]`."""
+    """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.dtype = element_type(variant.dtype)
