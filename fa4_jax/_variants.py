@@ -2,8 +2,8 @@
 """The table: every kernel this project builds, and what each one takes and returns.
 
 This module is the only home of these facts. The build (`kernels/build.py`) compiles `VARIANTS`, the
-generated C++ registry checks and launches what `SIGNATURES` says, the JAX lowering derives result
-and workspace shapes from `SIGNATURES`, the tests enumerate `VARIANTS`, and the README's support
+generated C++ registry checks and launches what `signature` says, the JAX lowering derives result
+and workspace shapes from `signature`, the tests enumerate `VARIANTS`, and the README's support
 table is printed from it. It imports nothing but the standard library, so the build can read it
 without JAX.
 

@@ -20,8 +20,7 @@ from kernels.common.row_tiles import (
 
 
 class BackwardPostprocess:
-    """Host entry and kernel of one row; `__call__` follows
-    `SIGNATURES[Kernel.backward_postprocess]`."""
+    """Host entry and kernel of one row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.head_dim, self.tile_m = variant.head_dim, variant.tiles.tile_m

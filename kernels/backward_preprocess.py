@@ -32,8 +32,7 @@ BATCH = 4  # vectors of out, and of dout, that a thread has in flight
 
 
 class BackwardPreprocess:
-    """Host entry and kernel of one row; `__call__` follows
-    `SIGNATURES[Kernel.backward_preprocess]`."""
+    """Host entry and kernel of one row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v

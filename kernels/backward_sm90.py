@@ -138,7 +138,7 @@ class Mma(NamedTuple):
 
 
 class BackwardSm90:
-    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.backward]`."""
+    """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.dtype = element_type(variant.dtype)
@@ -412,18 +412,26 @@ class BackwardSm90:
                         f_dout_m = stage(f_dout, dout_slot)
                         issue_gemm(mma.scores, dp, f_v, f_dout_m, zero=True)
                         warpgroup.wait_group(1)
-                        cap(scores, tile.scalars)
-                        if const_expr(masked):
-                            interval = tuple(s[None, None, q_slot.index] for s in s_interval)
-                            place = (m, tile, (self.tile_m, self.tile_n))
-                            mask_transposed(rows_and_columns(scores), coords, *place, interval)
                         lse_log2 = s_lse[None, None, q_slot.index]
                         dpsum = s_dpsum[None, None, dout_slot.index]
+                        interval = ()
+                        if const_expr(masked):
+                            interval = tuple(s[None, None, q_slot.index] for s in s_interval)
                         if const_expr(self.has_softcap):
+                            cap(scores, tile.scalars)
                             warpgroup.wait_group(0)
-                            rows = (lse_log2, dpsum)
-                            p, ds = capped_gradients((scores, dp), rows, scale_log2, self.dtype)
+                            p, ds = capped_gradients(
+                                (scores, dp),
+                                Statistics(lse_log2, dpsum, interval),
+                                (coords, tile.n_block * self.tile_n),
+                                scale_log2,
+                                (s_ds, q_slot.index),
+                                self.dtype,
+                            )
                         else:
+                            if const_expr(masked):
+                                place = (m, tile, (self.tile_m, self.tile_n))
+                                mask_transposed(rows_and_columns(scores), coords, *place, interval)
                             probabilities(rows_and_columns(scores), lse_log2, scale_log2)
                             p = to_16_bit(scores, self.dtype)
                             warpgroup.wait_group(0)
@@ -436,7 +444,8 @@ class BackwardSm90:
                             q_next = q_consumer.wait()
                             f_q_m = stage(f_q, q_next)
                             issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
-                        store_matrices(ds, s_ds, q_slot.index)
+                        if const_expr(not self.has_softcap):
+                            store_matrices(ds, s_ds, q_slot.index, 0, self.tile_m)
                         cute.arch.fence_view_async_shared()
                         cute.arch.barrier(
                             barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP

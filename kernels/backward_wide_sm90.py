@@ -16,7 +16,8 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
     load --[k, v]--> both                        one stage, loaded once
     load --[q, lse_log2]--> both                 `stages` deep
     load --[dout, dpsum]--> both                 `stages` deep
-    probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL
+    probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL; with a softcap,
+                                                 p (1 - t^2): see `key_tile`
     gradients --[dS]--> both                     one stage, named barrier DS_FULL
 
 Scores are transposed (keys by queries), so p and dS are the register operands of dv and dk, and
@@ -134,7 +135,7 @@ class Mma(NamedTuple):
 
 
 class BackwardWideSm90:
-    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.backward]`."""
+    """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.dtype = element_type(variant.dtype)
@@ -393,7 +394,8 @@ class BackwardWideSm90:
                 for _ in cutlass.range(count, unroll=1):
                     lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
                     warpgroup.wait_group(0)
-                    cap(scores, tile.scalars)
+                    if const_expr(self.has_softcap):
+                        cap(scores, tile.scalars)
                     if blocks.needs_mask(m):
                         interval = tuple(s[None, None, q_slot.index] for s in s_interval)
                         place = (m, tile, (self.tile_m, self.tile_n))

@@ -59,11 +59,14 @@ def matrix_rows(smem: cute.Tensor, layout: cute.ComposedLayout, thread: Int32) -
 
 
 @cute.jit
-def store_matrices(acc: cute.Tensor, to: MatrixRows, stage: Int32):
-    """Write this thread's part of a 16-bit accumulator of 64 rows per warpgroup."""
+def store_matrices(
+    acc: cute.Tensor, to: MatrixRows, stage: Int32, first: cutlass.Constexpr, end: cutlass.Constexpr
+):
+    """Write columns [first, end), multiples of 16, of this thread's part of a 16-bit accumulator of
+    64 rows per warpgroup."""
     packed = cute.recast_tensor(acc, Int32)
     address = not_ahead(to.address) + stage * to.stage_step
-    for v in cutlass.range_constexpr(cute.size(packed) // 4):
+    for v in cutlass.range_constexpr(first // 16, end // 16):
         offset = v // 4 * to.column_step
         cute.arch.inline_ptx(
             f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [{{$r0}} + {offset}], "

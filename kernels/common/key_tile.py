@@ -18,7 +18,7 @@ from cutlass import Float32, Int32, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
 from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
-from kernels.common.copy_sm90 import tma_tiles
+from kernels.common.copy_sm90 import MatrixRows, store_matrices, tma_tiles
 from kernels.common.fast_math import fma, round_pair, select_inside, tanh
 from kernels.common.mask import Band, Coordinates, mask_scores
 from kernels.common.mma_sm90 import rows_and_columns
@@ -154,8 +154,8 @@ def load_operands(  # noqa: PLR0913 - four operands, where they are and what gua
     `statistics` are those in global memory and their (tile_m, stages) in shared memory. Called by
     one warp.
 
-    A mask that loaded its intervals itself would have registers for two of its 32 loads at a time,
-    at d=64, and wait for the L2 16 times.
+    Intervals come this way because a mask that loaded its 32 pairs itself (d=64) would wait for the
+    L2 again and again: it has registers for few of them at a time.
     """
     q_producer, k_producer, v_producer, dout_producer = producers
     blocks = tile.blocks
@@ -236,7 +236,8 @@ def mask_transposed(
     the queries' intervals, whose `column_statistic` of this tile (2, column pairs) are given."""
     m_start, n_start = m * tile_mn[0], tile.n_block * tile_mn[1]
     if const_expr(len(interval) > 0):
-        mask_columns(scores, coords, n_start, interval)
+        for pair in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
+            mask_pair(scores, coords, n_start, interval, pair)
     else:
         shift = n_start - m_start
         extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
@@ -244,33 +245,36 @@ def mask_transposed(
         mask_scores(scores, coords, Band(shift - band.upper, shift - band.lower), extent)
 
 
+def _pair(statistic: cute.Tensor, pair: int) -> cute.Tensor:
+    """A register copy of one column pair of a `column_statistic`."""
+    copy = cute.make_rmem_tensor(2, statistic.element_type)
+    cute.autovec_copy(statistic[None, pair], copy)
+    return copy
+
+
 @cute.jit
-def mask_columns(
+def mask_pair(
     scores: cute.Tensor,
     coords: Coordinates,
     n_start: Int32,
-    interval: tuple[cute.Tensor, cute.Tensor],
+    interval: tuple[cute.Tensor, ...],
+    pair: cutlass.Constexpr,
 ):
-    """scores[r, c] = -inf unless column c's interval [start, end) has row r; rows count from
-    n_start."""
-    first = n_start + coords.row
-    for pair in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
-        start, end = (cute.make_rmem_tensor(2, Int32) for _ in interval)
-        cute.autovec_copy(interval[0][None, pair], start)
-        cute.autovec_copy(interval[1][None, pair], end)
-        for c in cutlass.range_constexpr(2):
-            for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-                i = 2 * pair + c
-                row = first + coords.offsets[r, i][0]
-                scores[r, i] = select_inside(scores[r, i], row, start[c], end[c])
+    """scores[r, c] = -inf, in a pair of columns, unless column c's interval [start, end) has row r;
+    rows count from n_start."""
+    start, end = (_pair(bound, pair) for bound in interval)
+    for c in cutlass.range_constexpr(2):
+        for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+            i = 2 * pair + c
+            row = n_start + coords.row + coords.offsets[r, i][0]
+            scores[r, i] = select_inside(scores[r, i], row, start[c], end[c])
 
 
 @cute.jit
 def cap(scores: cute.Tensor, scalars: Scalars):
-    """scores <- tanh(softmax_scale * scores / softcap), with a softcap."""
-    if const_expr(len(scalars.softcap) > 0):
-        for i in cutlass.range_constexpr(cute.size(scores)):
-            scores[i] = tanh(scores[i] * scalars.softcap.score_scale)
+    """scores <- t = tanh(softmax_scale * scores / softcap)."""
+    for i in cutlass.range_constexpr(cute.size(scores)):
+        scores[i] = tanh(scores[i] * scalars.softcap.score_scale)
 
 
 @cute.jit
@@ -280,8 +284,7 @@ def probabilities(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float3
     The statistics are read from shared memory pair by pair: they don't fit in registers as well.
     """
     for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
-        statistic = cute.make_rmem_tensor(2, Float32)
-        cute.autovec_copy(lse_log2[None, pair], statistic)
+        statistic = _pair(lse_log2, pair)
         for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             for c in cutlass.range_constexpr(2):
                 scaled = fma(scores[r, 2 * pair + c], scale_log2, -statistic[c])
@@ -292,8 +295,7 @@ def probabilities(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float3
 def score_gradient(p: cute.Tensor, dp: cute.Tensor, dpsum: cute.Tensor):
     """dp <- p * (dp - dpsum), the gradient of the scaled scores."""
     for pair in cutlass.range_constexpr(cute.size(dpsum, mode=[1])):
-        statistic = cute.make_rmem_tensor(2, Float32)
-        cute.autovec_copy(dpsum[None, pair], statistic)
+        statistic = _pair(dpsum, pair)
         for r in cutlass.range_constexpr(cute.size(p, mode=[0])):
             for c in cutlass.range_constexpr(2):
                 i = 2 * pair + c
@@ -308,7 +310,7 @@ def _capped(t: Float32, scale_log2: Float32, lse_log2: Float32) -> tuple[Float32
     return p, p * fma(-t, t, Float32(1.0))
 
 
-def _packed(acc: cute.Tensor, dtype: cutlass.Constexpr) -> tuple[cute.Tensor, cute.Tensor]:
+def _packed_pairs(acc: cute.Tensor, dtype: cutlass.Constexpr) -> tuple[cute.Tensor, cute.Tensor]:
     """16-bit registers of an accumulator's layout, and their view as (rows, column pairs)."""
     rounded = cute.make_rmem_tensor(acc.layout, dtype)
     return rounded, rows_and_columns(cute.recast_tensor(rounded, Int32))
@@ -319,11 +321,10 @@ def capped_probabilities(
     acc: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32, dtype: cutlass.Constexpr
 ) -> cute.Tensor:
     """p of an accumulator of t, rounded to `dtype`; acc <- p (1 - t^2)."""
-    rounded, packed = _packed(acc, dtype)
+    rounded, packed = _packed_pairs(acc, dtype)
     scores = rows_and_columns(acc)
     for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
-        statistic = cute.make_rmem_tensor(2, Float32)
-        cute.autovec_copy(lse_log2[None, pair], statistic)
+        statistic = _pair(lse_log2, pair)
         for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             p = cute.make_rmem_tensor(2, Float32)
             for c in cutlass.range_constexpr(2):
@@ -336,21 +337,27 @@ def capped_probabilities(
 @cute.jit
 def capped_gradients(
     accs: tuple[cute.Tensor, cute.Tensor],
-    statistics: tuple[cute.Tensor, cute.Tensor],
+    rows: Statistics,
+    key: tuple[Coordinates, Int32],
     scale_log2: Float32,
+    to: tuple[MatrixRows, Int32],
     dtype: cutlass.Constexpr,
 ) -> tuple[cute.Tensor, cute.Tensor]:
-    """p and dS, rounded to `dtype`, of accumulators of t and dp, with lse_log2 and dpsum.
+    """p and dS, rounded to `dtype`, of accumulators of t and dp; dS also to shared memory (`to`,
+    and its stage).
 
-    Pair by pair: all of p (1 - t^2) in fp32 beside p and dp spilled 984 bytes (d=64).
+    `rows` are `column_statistic`s of this tile, with intervals if it needs a mask; `key` is where
+    the keys are, and the tile's first one. All of p (1 - t^2) in fp32 beside p and dp spilled 984
+    bytes (d=64). So everything comes 16 columns after 16, and their stores and the barriers between
+    keep ptxas to it: 476 bytes without.
     """
-    p_rounded, p_packed = _packed(accs[0], dtype)
-    ds_rounded, ds_packed = _packed(accs[1], dtype)
+    p_rounded, p_packed = _packed_pairs(accs[0], dtype)
+    ds_rounded, ds_packed = _packed_pairs(accs[1], dtype)
     scores, dp = (rows_and_columns(acc) for acc in accs)
-    for pair in cutlass.range_constexpr(cute.size(statistics[0], mode=[1])):
-        lse_log2, dpsum = (cute.make_rmem_tensor(2, Float32) for _ in statistics)
-        cute.autovec_copy(statistics[0][None, pair], lse_log2)
-        cute.autovec_copy(statistics[1][None, pair], dpsum)
+    for pair in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
+        if const_expr(len(rows.interval) > 0):
+            mask_pair(scores, *key, rows.interval, pair)
+        lse_log2, dpsum = _pair(rows.lse_log2, pair), _pair(rows.dpsum, pair)
         for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             p, ds = (cute.make_rmem_tensor(2, Float32) for _ in accs)
             for c in cutlass.range_constexpr(2):
@@ -359,4 +366,7 @@ def capped_gradients(
                 ds[c] = slope * (dp[r, i] - dpsum[c])
             p_packed[r, pair] = round_pair(p[0], p[1], dtype)
             ds_packed[r, pair] = round_pair(ds[0], ds[1], dtype)
+        if const_expr(pair % 2 == 1):
+            store_matrices(ds_rounded, *to, 8 * (pair - 1), 8 * (pair + 1))
+            cute.arch.sync_warp()
     return p_rounded, ds_rounded
