@@ -165,23 +165,20 @@ def flash_attention(  # noqa: PLR0913 - the public options of attention; they ar
         one is S or T.
       window_size: (left, right): query i sees keys i + offset - left <= j <= i + offset + right.
         Static ints >= 0, both inclusive; None is unbounded. `causal` sets right to 0.
-      softcap: static number > 0: logits become softcap * tanh(logits / softcap). Reference only.
+      softcap: static number > 0: logits become softcap * tanh(logits / softcap).
       sinks: floats [N]: one more logit of every row of a head, as it is (neither scaled nor
         capped), without a value: out = sum_j exp(x_j) v_j / (sum_j exp(x_j) + exp(sink)). lse
         includes it, so it is the sink in a row that sees no key. -inf is none. Differentiable.
-        Reference only.
       q_segment_ids: integers [B, T] (or [T]): query i sees keys whose id equals its own. Any id is
         one like any other, negative ones too; queries whose id no key has see no key, so give
         padding ids that the other side lacks. The keys of an id have to be contiguous: out and lse
         of its queries are NaN where they aren't, and so are gradients. `causal` and `window_size`
-        count positions in the whole row, as in TPU flash and splash attention. Reference only.
+        count positions in the whole row, as in TPU flash and splash attention.
       kv_segment_ids: integers [B, S] (or [S]), q_segment_ids' dtype; both or neither.
-      query_seq_lengths: integers [B] (or [1]): queries at and beyond a length see no key. Reference
-        only.
+      query_seq_lengths: integers [B] (or [1]): queries at and beyond a length see no key.
       key_value_seq_lengths: integers [B] (or [1]): keys at and beyond a length aren't seen.
-        Reference only.
-      kv_start: integers [B, T] (or [T]): query i sees no key before kv_start[b, i]. Reference only.
-      kv_end: integers [B, T] (or [T]): query i sees no key from kv_end[b, i] on. Reference only.
+      kv_start: integers [B, T] (or [T]): query i sees no key before kv_start[b, i].
+      kv_end: integers [B, T] (or [T]): query i sees no key from kv_end[b, i] on.
         Prefix-LM, causal after prefix[b] keys that every query sees: leave `causal` out and give
         jnp.maximum(jnp.arange(1, T + 1), prefix[:, None]).
       return_lse: return (out, lse).
@@ -286,7 +283,7 @@ def flash_attention_varlen(  # noqa: PLR0913 - as flash_attention
       sinks: as in `flash_attention`.
       return_lse: as in `flash_attention`.
       deterministic: as in `flash_attention`.
-      implementation: as in `flash_attention`. Reference only, so far.
+      implementation: as in `flash_attention`.
 
     Returns:
       out [total_q, N, V] in q's dtype; with `return_lse`, also lse [N, total_q].
@@ -466,7 +463,8 @@ def _kernels_text(kernels: tuple[Kernel, ...], plan: _Plan) -> str:
     if missing:
         return ", ".join(missing)
     padded = _primitives.padded_head_dims(kernels, plan.q.dtype, head_dims)
-    names = ", ".join(_primitives.kernel_names(kernels, plan.q.dtype, padded))
+    features = _primitives.features(plan.spec, any(x is not None for x in plan.limits))
+    names = ", ".join(_primitives.kernel_names(kernels, plan.q.dtype, padded, features))
     if padded == head_dims:
         return names
     got, row = map(_primitives.head_dims_text, (head_dims, padded))
@@ -622,9 +620,7 @@ def _plan(
     reasons += ("deterministic=True isn't in the kernels yet",) if deterministic else ()
     reasons += tuple(
         f"{name} isn't in the kernels yet"
-        for feature, names in _FEATURES.items()
-        if feature not in _primitives.FEATURES
-        for name in names
+        for name in ("bias", "mask")
         if getattr(options, name) is not None
     )
     return _Plan(
@@ -640,24 +636,6 @@ def _plan(
         reasons=reasons,
         has_batch=has_batch,
     )
-
-
-# What a kernel has to have, and the keywords that ask for it.
-_FEATURES = {
-    "softcap": ("softcap",),
-    "interval": (
-        "query_seq_lengths",
-        "key_value_seq_lengths",
-        "kv_start",
-        "kv_end",
-        "q_segment_ids",
-        "kv_segment_ids",
-        "cu_seqlens_q",
-    ),
-    "sinks": ("sinks",),
-    "bias": ("bias",),
-    "mask": ("mask",),
-}
 
 
 def _as_arrays(options: _Options, q: Any, k: Any, v: Any, allow_shapes: bool = False) -> tuple:

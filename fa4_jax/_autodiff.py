@@ -33,9 +33,9 @@ def attention(
     """out [B, T, N, V] and lse [B, N, T], differentiable in q, k, v, `extras.bias` and
     `extras.sinks`.
 
-    `use_kernels` binds the primitives, which take no extras; otherwise the reference runs.
+    `use_kernels` binds the primitives, which take neither a bias nor a mask; otherwise the
+    reference runs.
     """
-    assert not use_kernels or all(x is None for x in extras), "the primitives would drop them"
     return _attention(spec, use_kernels, *match_varying((q, k, v, extras)))
 
 
@@ -44,7 +44,7 @@ def _attention(
     spec: AttentionSpec, use_kernels: bool, q: Array, k: Array, v: Array, extras: Extras
 ):
     if use_kernels:
-        return tuple(_primitives.forward_p.bind(q, k, v, spec=spec))
+        return tuple(_primitives.forward(spec, q, k, v, extras))
     return _reference.forward(spec, q, k, v, extras)
 
 
@@ -53,7 +53,7 @@ def _attention_fwd(
 ):
     # Not a call of `_attention`: the names have to be on the values saved here.
     if use_kernels:
-        out, lse = _primitives.forward_p.bind(q, k, v, spec=spec)
+        out, lse = _primitives.forward(spec, q, k, v, extras)
     else:
         out, lse = _reference.forward(spec, q, k, v, extras)
     out, lse = (checkpoint_name(x, CHECKPOINT_NAME) for x in (out, lse))
@@ -69,7 +69,7 @@ def _attention_bwd(
     dlse = jnp.where(lse == -jnp.inf, 0, dlse)
     (q, k, v, out, lse, extras), (dout, dlse) = match_varying((residuals, (dout, dlse)))
     if use_kernels and _has_backward_kernels(spec, q, v):
-        dq, dk, dv = _primitives.backward_p.bind(q, k, v, out, lse, dout, dlse, spec=spec)
+        dq, dk, dv = _primitives.backward(spec, (q, k, v), (out, lse), (dout, dlse), extras)
         dbias = None
     else:
         dq, dk, dv, dbias = _reference.backward(spec, (q, k, v), (out, lse), (dout, dlse), extras)

@@ -3,7 +3,8 @@
 
 Everything such that a call may carry (bounds, lengths, segment ids, packed sequences) becomes one
 pair of int32 arrays [B, T] here: query i of batch b sees keys j with kv_start[b, i] <= j <
-kv_end[b, i] that the static band of its `AttentionSpec` lets through too.
+kv_end[b, i] that the static band of its `AttentionSpec` lets through too. `KernelInterval` is what
+kernels get of it.
 
 What the arrays promise to whoever reads them: 0 <= kv_start <= kv_end <= S, whatever values the
 caller's arrays hold, so a row with kv_start == kv_end sees nothing. One exception: a row with
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from fa4_jax._spec import BOTTOM_RIGHT, TOP_LEFT, AttentionSpec
+from fa4_jax._variants import BLOCK, ROW_MULTIPLE, round_up
 
 BROKEN = -1
 
@@ -72,6 +74,87 @@ def resolve(
     if moves:
         spec = dataclasses.replace(spec, window_left=None, window_right=None, alignment=TOP_LEFT)
     return spec, interval
+
+
+class KernelInterval(NamedTuple):
+    """The operands of kernels with `Feature.interval`; `_variants` says what they hold."""
+
+    kv_start: Array
+    """[B, R]"""
+    kv_end: Array
+    """[B, R]"""
+    key_range: Array
+    """[B, M, 4]"""
+    query_range: Array
+    """[B, J, 4]"""
+
+    @property
+    def of_queries(self) -> tuple[Array, Array, Array]:
+        """What a kernel needs that visits keys for queries."""
+        return self.kv_start, self.kv_end, self.key_range
+
+    @property
+    def of_keys(self) -> tuple[Array, Array, Array]:
+        """What a kernel needs that visits queries for keys."""
+        return self.kv_start, self.kv_end, self.query_range
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def for_kernels(
+    band: tuple[int, int], kv_start: Array, kv_end: Array, seqlen_k: int
+) -> KernelInterval:
+    """Intervals [B, T], and the band in them, as kernels take them.
+
+    Blocks of queries meet blocks of keys pair by pair: B T S / 4096 comparisons without memory, for
+    a million by a million 2.7e8, and a few launches, where a running maximum would be dozens.
+    """
+    row = jnp.arange(kv_start.shape[1], dtype=jnp.int32)
+    broken = kv_start == BROKEN
+    start = jnp.clip(jnp.maximum(kv_start, row + band[0]), 0, seqlen_k)
+    end = jnp.clip(jnp.minimum(kv_end, row + band[1] + 1), start, seqlen_k)
+    # The NaN of a broken row has to meet every key.
+    start, end = jnp.where(broken, 0, start), jnp.where(broken, seqlen_k, end)
+    # A row without keys widens no block's interval, and is no part of one that sees all of a key.
+    empty = start == end
+    first, last = jnp.where(empty, seqlen_k, start), jnp.where(empty, 0, end)
+    low_start, high_end = _of_blocks(first, jnp.min, seqlen_k), _of_blocks(last, jnp.max, 0)
+    high_start, low_end = _of_blocks(first, jnp.max, 0), _of_blocks(last, jnp.min, seqlen_k)
+
+    key = jnp.arange(0, seqlen_k, BLOCK, dtype=jnp.int32)[:, None]
+    key_end = jnp.minimum(key + BLOCK, seqlen_k)
+    queries = jnp.arange(low_start.shape[1], dtype=jnp.int32)
+    past = jnp.int32(low_start.shape[1])
+
+    def first_of(condition: Array) -> Array:
+        return jnp.where(condition, queries, past).min(-1, keepdims=True)
+
+    low_start_, high_end_, high_start_, low_end_ = (
+        x[:, None] for x in (low_start, high_end, high_start, low_end)
+    )
+    some = (low_start_ < key_end) & (high_end_ > key)
+    every = (high_start_ <= key) & (low_end_ >= key_end)
+    # [B, J, 1] each. Of several runs of blocks that see all of a key's block, the first.
+    begin, finish = first_of(some), jnp.where(some, queries + 1, 0).max(-1, keepdims=True)
+    full_begin = first_of(every)
+    full_end = first_of(~every & (queries >= full_begin))
+
+    def rows(x: Array) -> Array:
+        missing = round_up(x.shape[1], ROW_MULTIPLE) - x.shape[1]
+        return jnp.pad(x, ((0, 0), (0, missing)))
+
+    return KernelInterval(
+        kv_start=rows(jnp.where(broken, BROKEN, start)),
+        kv_end=rows(end),
+        key_range=jnp.stack((low_start, high_end, high_start, low_end), -1),
+        query_range=BLOCK * jnp.concatenate((begin, finish, full_begin, full_end), -1),
+    )
+
+
+def _of_blocks(x: Array, reduce: Callable[..., Array], neutral: int) -> Array:
+    """[B, T] to [B, M]: `reduce` over each block of queries; `neutral` changes no block's."""
+    missing = round_up(x.shape[1], BLOCK) - x.shape[1]
+    x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=neutral)
+    return reduce(x.reshape(x.shape[0], -1, BLOCK), -1)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

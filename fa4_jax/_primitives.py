@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward and backward primitives: abstract evaluation, lowering, batching.
 
-Each has one static parameter, the `AttentionSpec`. Lowered for CUDA, `forward` is one FFI call and
-`backward` three, with every workspace an extra result that XLA allocates; shapes, dtypes,
-attributes and aliases all come from `_variants.SIGNATURES`, and head dims that no row has are
-padded with zeros to the next row's. Lowered for anything else they are the reference, so that one
-traced program runs anywhere and exports for several platforms. Nothing here asks which GPU a
-program will run on: C++ chooses the architecture when it runs.
+Their static parameters are the `AttentionSpec` and the names of the `Extras` among the operands,
+which come last. Lowered for CUDA, `forward` is one FFI call and `backward` three, with every
+workspace an extra result that XLA allocates; shapes, dtypes, attributes and aliases all come from
+`_variants.signature`, and head dims that no row has are padded with zeros to the next row's.
+Lowered for anything else they are the reference, so that one traced program runs anywhere and
+exports for several platforms. Nothing here asks which GPU a program will run on: C++ chooses the
+architecture when it runs.
 """
 
 from __future__ import annotations
@@ -25,23 +26,58 @@ from jax.interpreters import batching, mlir
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fa4_jax import _ffi, _reference, _variants
+from fa4_jax import _ffi, _intervals, _reference, _variants
+from fa4_jax._intervals import KernelInterval
+from fa4_jax._reference import Extras
 from fa4_jax._spec import AttentionSpec
-from fa4_jax._variants import SIGNATURES, Buffer, DType, Kernel
-
-# What every row of the table computes beside band, scale and lse. Once rows differ, their columns
-# say so, and `missing_kernels` looks for a row with all that a call needs.
-FEATURES: frozenset[str] = frozenset()
+from fa4_jax._variants import Buffer, DType, Feature, Kernel
 
 BACKWARD_KERNELS = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
 
 forward_p = Primitive("fa4_forward")
-"""(q, k, v) -> (out, lse)"""
+"""(q, k, v, *extras) -> (out, lse)"""
 backward_p = Primitive("fa4_backward")
-"""(q, k, v, out, lse, dout, dlse) -> (dq, dk, dv)"""
+"""(q, k, v, out, lse, dout, dlse, *extras) -> (dq, dk, dv)"""
 
 _IO_DTYPES = {dtype.numpy_name: dtype for dtype in (DType.bf16, DType.f16)}
 _SCALAR_TYPES = {"f32": np.float32, "i32": np.int32}
+
+
+def forward(spec: AttentionSpec, q: Array, k: Array, v: Array, extras: Extras) -> Sequence[Array]:
+    """out and lse, as `_reference.forward`, but neither a bias nor a mask."""
+    if extras.sinks is not None:
+        # One for each batch entry, because batching folds a mapped axis into the batch. Made from
+        # q, which it has to be sharded and to vary like.
+        like = q[:, :1, :, 0].sum(1)
+        extras = extras._replace(sinks=jnp.zeros_like(like, jnp.float32) + extras.sinks)
+    names, operands = _given(extras, ("kv_start", "kv_end", "sinks"))
+    return forward_p.bind(q, k, v, *operands, spec=spec, extras=names)
+
+
+def backward(
+    spec: AttentionSpec,
+    operands: tuple[Array, Array, Array],
+    residuals: tuple[Array, Array],
+    cotangents: tuple[Array, Array],
+    extras: Extras,
+) -> Sequence[Array]:
+    """dq, dk and dv, as `_reference.backward`, but neither for a bias nor for a mask."""
+    names, interval = _given(extras, ("kv_start", "kv_end"))
+    operands = (*operands, *residuals, *cotangents, *interval)
+    return backward_p.bind(*operands, spec=spec, extras=names)
+
+
+def _given(extras: Extras, names: Sequence[str]) -> tuple[tuple[str, ...], list[Array]]:
+    """Which of these the call has, and what they are."""
+    assert extras.bias is None and extras.mask is None, "the primitives would drop them"
+    given = tuple(name for name in names if getattr(extras, name) is not None)
+    return given, [getattr(extras, name) for name in given]
+
+
+def features(spec: AttentionSpec, has_interval: bool) -> tuple[Feature, ...]:
+    """Those of the rows that serve a call."""
+    needed = [Feature.interval] * has_interval + [Feature.softcap] * (spec.softcap is not None)
+    return _variants.feature_set(needed)
 
 
 def missing_kernels(
@@ -96,12 +132,20 @@ def head_dims_text(head_dims: tuple[int, int]) -> str:
 
 
 def kernel_names(
-    kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
+    kernels: Sequence[Kernel],
+    dtype: np.dtype,
+    head_dims: tuple[int, int],
+    features: tuple[Feature, ...] = (),
 ) -> tuple[str, ...]:
     """The arch-free names that a lowered program carries, e.g. `forward_bf16_d128`, of rows with
-    exactly these head dims."""
+    exactly these head dims, and with these features where rows have any."""
     io_dtype = _IO_DTYPES[np.dtype(dtype).name]
-    return tuple(_variants.kernel_key(kernel, io_dtype, *head_dims) for kernel in kernels)
+    return tuple(
+        _variants.kernel_key(
+            kernel, io_dtype, head_dims, features if kernel in _variants.FEATURED else ()
+        )
+        for kernel in kernels
+    )
 
 
 def device_reasons() -> tuple[str, ...]:
@@ -139,7 +183,7 @@ class _Problem:
     @classmethod
     def of(cls, q: ShapedArray, k: ShapedArray, v: ShapedArray) -> _Problem:
         sizes, axes = {}, {}
-        for buffer, aval in zip(SIGNATURES[Kernel.forward].operands, (q, k, v), strict=True):
+        for buffer, aval in zip(_variants.QKV, (q, k, v), strict=True):
             for letter, size, axis in zip(buffer.dims, aval.shape, aval.sharding.spec, strict=True):
                 sizes.setdefault(letter, size)
                 axes.setdefault(letter, axis)
@@ -157,12 +201,19 @@ class _Problem:
             sharding=NamedSharding(self.like.sharding.mesh, spec),
         )
 
-    def launch(self, kernel: Kernel, spec: AttentionSpec, *operands: Array) -> Sequence[Array]:
+    def launch(
+        self,
+        kernel: Kernel,
+        spec: AttentionSpec,
+        *operands: Array,
+        features: tuple[Feature, ...] = (),
+    ) -> Sequence[Array]:
         """One FFI call of `kernel`, all operands and results row-major."""
-        signature = SIGNATURES[kernel]
+        signature = _variants.signature(kernel, features)
         band_lower, band_upper = spec.band(self.sizes["T"], self.sizes["S"])
         values = {
             "softmax_scale": spec.softmax_scale,
+            "softcap": 1.0 if spec.softcap is None else spec.softcap,
             "band_lower": band_lower,
             "band_upper": band_upper,
         }
@@ -171,20 +222,25 @@ class _Problem:
             [self.aval(buffer) for buffer in signature.results],
             input_output_aliases=signature.aliases,
         )
-        (name,) = kernel_names((kernel,), self.like.dtype, (self.sizes["D"], self.sizes["V"]))
+        head_dims = self.sizes["D"], self.sizes["V"]
+        (name,) = kernel_names((kernel,), self.like.dtype, head_dims, features)
         scalars = {s.name: _SCALAR_TYPES[s.kind](values[s.name]) for s in signature.attributes}
         return call(*operands, kernel=name, **scalars)
 
 
-def _forward_abstract(q, k, v, *, spec: AttentionSpec) -> list[ShapedArray]:
-    del spec
-    _check_varying("fa4_forward", q, k, v)
-    out, lse = map(_Problem.of(q, k, v).aval, SIGNATURES[Kernel.forward].results)
+def _forward_abstract(
+    q, k, v, *rest, spec: AttentionSpec, extras: tuple[str, ...]
+) -> list[ShapedArray]:
+    del spec, extras
+    _check_varying("fa4_forward", q, k, v, *rest)
+    out, lse = map(_Problem.of(q, k, v).aval, _variants.signature(Kernel.forward).results)
     return [out, lse.update(dtype=_reference.lse_dtype(q.dtype))]
 
 
-def _backward_abstract(q, k, v, *rest, spec: AttentionSpec) -> list[ShapedArray]:
-    del spec
+def _backward_abstract(
+    q, k, v, *rest, spec: AttentionSpec, extras: tuple[str, ...]
+) -> list[ShapedArray]:
+    del spec, extras
     _check_varying("fa4_backward", q, k, v, *rest)
     return [x.update(weak_type=False) for x in (q, k, v)]
 
@@ -194,28 +250,66 @@ def _check_varying(name: str, *avals: ShapedArray) -> None:
         raise ValueError(f"fa4_jax: operands of {name} vary over different mesh axes: {avals}")
 
 
-def _forward_kernels(q: Array, k: Array, v: Array, *, spec: AttentionSpec) -> Sequence[Array]:
+def _forward_kernels(
+    q: Array, k: Array, v: Array, *rest: Array, spec: AttentionSpec, extras: tuple[str, ...]
+) -> Sequence[Array]:
     if _reference.is_empty(q, k):
-        return _reference.forward(spec, q, k, v)
+        return _forward_reference(q, k, v, *rest, spec=spec, extras=extras)
+    given = _extras(extras, rest)
     head_dim, head_dim_v = padded_head_dims((Kernel.forward,), q.dtype, _head_dims(q, v))
     qkv = _pad(q, head_dim), _pad(k, head_dim), _pad(v, head_dim_v)
-    out, lse = _Problem.of(*map(jax.typeof, qkv)).launch(Kernel.forward, spec, *qkv)
+    # Without sinks an array of no elements, which costs nothing. Made from q, as in `forward`.
+    no_sinks = jnp.zeros_like(q[:0, 0, :, 0], jnp.float32)
+    sinks = no_sinks if given.sinks is None else given.sinks
+    interval, chosen = _kernel_interval(spec, q, k, given)
+    visible = interval.of_queries if interval else ()
+    launch = _Problem.of(*map(jax.typeof, qkv)).launch
+    out, lse = launch(Kernel.forward, spec, *qkv, sinks, *visible, features=chosen)
     return out[..., : v.shape[-1]], lse
 
 
-def _forward_reference(q: Array, k: Array, v: Array, *, spec: AttentionSpec) -> Sequence[Array]:
-    return _reference.forward(spec, q, k, v)
+def _kernel_interval(
+    spec: AttentionSpec, q: Array, k: Array, extras: Extras
+) -> tuple[KernelInterval | None, tuple[Feature, ...]]:
+    """What rows with `Feature.interval` take of a call that they serve, and all their features."""
+    chosen = features(spec, extras.kv_start is not None)
+    if Feature.interval not in chosen:
+        return None, chosen
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    start, end = extras.kv_start, extras.kv_end
+    if start is None or end is None:
+        start = jnp.zeros_like(q[..., 0, 0], jnp.int32)
+        end = start + seqlen_k
+    band = spec.band(seqlen_q, seqlen_k)
+    return _intervals.for_kernels(band, start, end, seqlen_k), chosen
 
 
-def _backward_kernels(q, k, v, out, lse, dout, dlse, *, spec: AttentionSpec) -> Sequence[Array]:
+def _extras(names: tuple[str, ...], operands: Sequence[Array]) -> Extras:
+    return Extras(**dict(zip(names, operands, strict=True)))
+
+
+def _forward_reference(
+    q: Array, k: Array, v: Array, *rest: Array, spec: AttentionSpec, extras: tuple[str, ...]
+) -> Sequence[Array]:
+    return _reference.forward(spec, q, k, v, _extras(extras, rest))
+
+
+def _backward_kernels(
+    *operands: Array, spec: AttentionSpec, extras: tuple[str, ...]
+) -> Sequence[Array]:
+    q, k, v, out, lse, dout, dlse, *rest = operands
     if _reference.is_empty(q, k):
-        return _backward_reference(q, k, v, out, lse, dout, dlse, spec=spec)
+        return _backward_reference(*operands, spec=spec, extras=extras)
     head_dim, head_dim_v = padded_head_dims(BACKWARD_KERNELS, q.dtype, _head_dims(q, v))
     qkv = _pad(q, head_dim), _pad(k, head_dim), _pad(v, head_dim_v)
     out, dout = _pad(out, head_dim_v), _pad(dout, head_dim_v)
     launch = _Problem.of(*map(jax.typeof, qkv)).launch
     dpsum, lse_log2, dq_accum = launch(Kernel.backward_preprocess, spec, out, dout, lse, dlse)
-    dk, dv, dq_accum = launch(Kernel.backward, spec, *qkv, dout, lse_log2, dpsum, dq_accum)
+    interval, chosen = _kernel_interval(spec, q, k, _extras(extras, rest))
+    visible = interval.of_keys if interval else ()
+    dk, dv, dq_accum = launch(
+        *(Kernel.backward, spec, *qkv, dout, lse_log2, dpsum, dq_accum, *visible), features=chosen
+    )
     (dq,) = launch(Kernel.backward_postprocess, spec, dq_accum)
     return dq[..., : q.shape[-1]], dk[..., : q.shape[-1]], dv[..., : v.shape[-1]]
 
@@ -232,14 +326,18 @@ def _pad(x: Array, head_dim: int) -> Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, head_dim - x.shape[-1])])
 
 
-def _backward_reference(q, k, v, out, lse, dout, dlse, *, spec: AttentionSpec) -> Sequence[Array]:
-    return _reference.backward(spec, (q, k, v), (out, lse), (dout, dlse))[:3]
+def _backward_reference(
+    *operands: Array, spec: AttentionSpec, extras: tuple[str, ...]
+) -> Sequence[Array]:
+    q, k, v, out, lse, dout, dlse, *rest = operands
+    given = _extras(extras, rest)
+    return _reference.backward(spec, (q, k, v), (out, lse), (dout, dlse), given)[:3]
 
 
 def _lower_kernels(kernels: Callable, reference: Callable) -> Callable:
     """The CUDA rule: the kernels, or the reference where this process can't have them."""
 
-    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec):
+    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec, extras: tuple):
         if spec.require_kernel:
             _ffi.register()
         # An exported program runs elsewhere, so this process' GPUs say nothing about it.
@@ -252,7 +350,8 @@ def _lower_kernels(kernels: Callable, reference: Callable) -> Callable:
         if reasons:
             _reference.warn_fallback(reasons)
         chosen = reference if reasons else kernels
-        return mlir.lower_fun(chosen, multiple_results=True)(ctx, *operands, spec=spec)
+        lower = mlir.lower_fun(chosen, multiple_results=True)
+        return lower(ctx, *operands, spec=spec, extras=extras)
 
     return rule
 
@@ -260,7 +359,7 @@ def _lower_kernels(kernels: Callable, reference: Callable) -> Callable:
 def _lower_reference(reference: Callable) -> Callable:
     """The rule of every platform but CUDA."""
 
-    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec):
+    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec, extras: tuple):
         platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
         if spec.require_kernel:
             raise NotImplementedError(
@@ -270,12 +369,13 @@ def _lower_reference(reference: Callable) -> Callable:
         _reference.warn_fallback(
             (f"the program is for platform {platforms}, and the kernels are CUDA's",)
         )
-        return mlir.lower_fun(reference, multiple_results=True)(ctx, *operands, spec=spec)
+        lower = mlir.lower_fun(reference, multiple_results=True)
+        return lower(ctx, *operands, spec=spec, extras=extras)
 
     return rule
 
 
-def _fold_batch(primitive: Primitive, operands, axes, *, spec: AttentionSpec):
+def _fold_batch(primitive: Primitive, operands, axes, **parameters):
     """vmap: the mapped axis joins the batch, which leads in every operand and result."""
     mapped = ((x, axis) for x, axis in zip(operands, axes, strict=True) if axis is not None)
     size = next(x.shape[axis] for x, axis in mapped)
@@ -285,7 +385,8 @@ def _fold_batch(primitive: Primitive, operands, axes, *, spec: AttentionSpec):
 
     operands = list(map(lead, operands, axes))
     batch = operands[0].shape[1]
-    results = primitive.bind(*(x.reshape(size * batch, *x.shape[2:]) for x in operands), spec=spec)
+    folded = (x.reshape(size * batch, *x.shape[2:]) for x in operands)
+    results = primitive.bind(*folded, **parameters)
     return [x.reshape(size, batch, *x.shape[1:]) for x in results], [0] * len(results)
 
 
@@ -295,7 +396,7 @@ def _define(
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     # Outside jit, a call is a jitted one: compiled once for each shape and spec.
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames="spec"))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "extras")))
     mlir.register_lowering(primitive, _lower_kernels(kernels, reference), platform="cuda")
     mlir.register_lowering(primitive, _lower_reference(reference))
     batching.primitive_batchers[primitive] = functools.partial(_fold_batch, primitive)

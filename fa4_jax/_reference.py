@@ -76,7 +76,8 @@ class Extras(NamedTuple):
     kv_end: Array | None = None
     """int32 [B, T]: query i sees keys j < kv_end[b, i]. Given if and only if `kv_start` is."""
     sinks: Array | None = None
-    """[N], in any floating dtype: a logit of each head that has no value. Differentiable."""
+    """[N] or [B, N], in any floating dtype: a logit of each head that has no value.
+    Differentiable."""
 
 
 NO_EXTRAS = Extras()
@@ -96,7 +97,7 @@ def forward(
         out = jnp.zeros((batch, seqlen_q, heads, v.shape[-1]), q.dtype)
         lse = jnp.full((batch, heads, seqlen_q), -jnp.inf, lse_dtype(q.dtype))
         if extras.sinks is not None:
-            lse = jnp.maximum(lse, extras.sinks.astype(lse.dtype)[:, None])
+            lse = jnp.maximum(lse, extras.sinks.astype(lse.dtype)[..., None])
         return match_varying((out, lse), like=q)
     blocks = _Blocks.of(spec, q, k, v, extras)
 
@@ -234,7 +235,7 @@ class _Blocks(NamedTuple):
     mask: Array | None  # likewise
     kv_start: Array | None  # [B, rows]
     kv_end: Array | None  # [B, rows]
-    sinks: Array | None  # [K, G, 1]
+    sinks: Array | None  # [K, G, 1], or [B, K, G, 1]
 
     @classmethod
     def of(cls, spec: AttentionSpec, q: Array, k: Array, v: Array, extras: Extras) -> _Blocks:
@@ -254,7 +255,7 @@ class _Blocks(NamedTuple):
 
         sinks = extras.sinks
         if sinks is not None:
-            sinks = sinks.astype(lse_dtype(q.dtype)).reshape(*heads, 1)
+            sinks = sinks.astype(lse_dtype(q.dtype)).reshape(*sinks.shape[:-1], *heads, 1)
         return cls(
             spec=spec,
             seqlen_q=seqlen_q,

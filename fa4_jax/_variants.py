@@ -2,8 +2,8 @@
 """The table: every kernel this project builds, and what each one takes and returns.
 
 This module is the only home of these facts. The build (`kernels/build.py`) compiles `VARIANTS`, the
-generated C++ registry checks and launches what `SIGNATURES` says, the JAX lowering derives result
-and workspace shapes from `SIGNATURES`, the tests enumerate `VARIANTS`, and the README's support
+generated C++ registry checks and launches what `signature` says, the JAX lowering derives result
+and workspace shapes from `signature`, the tests enumerate `VARIANTS`, and the README's support
 table is printed from it. It imports nothing but the standard library, so the build can read it
 without JAX.
 
@@ -13,26 +13,31 @@ Dimensions are named by one letter everywhere:
     N  query heads      K  key/value heads    (N % K == 0)
     D  head dim of q/k  V  head dim of v/out
     R  T rounded up to `ROW_MULTIPLE`         E  D rounded up to `HEAD_DIM_MULTIPLE`
+    M  blocks of `BLOCK` queries, the last one not full, and J, of keys
+    W  4, the width of a range                Z  B, or 0 for an operand that isn't given
 
-R and E lay out the workspaces. They don't depend on an architecture's tiles, because the
-architecture is chosen at run time, in C++, after XLA has allocated every buffer.
+R, E, M and J lay out what isn't the user's. They don't depend on an architecture's tiles, because
+the architecture is chosen at run time, in C++, after XLA has allocated every buffer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 ROW_MULTIPLE = 128
 HEAD_DIM_MULTIPLE = 32
+BLOCK = 64
+RANGE = 4
 
 # Shapes and band bounds are int32 in a kernel and their sums must be too; strides are int64.
 MAX_DIMENSION = 2**30 - 1
 
 # Version of the FFI targets: bump it when a signature changes, so that an exported program never
 # meets a handler that reads its operands differently.
-TARGET_VERSION = 1
+TARGET_VERSION = 2
 
 
 class Kernel(enum.StrEnum):
@@ -43,6 +48,18 @@ class Kernel(enum.StrEnum):
     backward_preprocess = enum.auto()
     backward = enum.auto()
     backward_postprocess = enum.auto()
+
+
+class Feature(enum.StrEnum):
+    """What a row of forward or backward computes beside scale and lse."""
+
+    interval = enum.auto()
+    """Which keys a query sees: those of an interval of its own, not those of a band."""
+    softcap = enum.auto()
+    """Scores are softcap * tanh(softmax_scale * q k^T / softcap)."""
+
+
+FEATURED = (Kernel.forward, Kernel.backward)
 
 
 class Arch(enum.StrEnum):
@@ -63,16 +80,22 @@ class Arch(enum.StrEnum):
 
 
 class DType(enum.StrEnum):
-    """Element types of kernel buffers. `io` types are the user's; workspaces are f32."""
+    """Element types of kernel buffers. The 16-bit ones are the user's."""
 
     bf16 = enum.auto()
     f16 = enum.auto()
     f32 = enum.auto()
+    i32 = enum.auto()
 
     @property
     def numpy_name(self) -> str:
         """The name NumPy (with ml_dtypes) and JAX give it."""
-        return {DType.bf16: "bfloat16", DType.f16: "float16", DType.f32: "float32"}[self]
+        return {
+            DType.bf16: "bfloat16",
+            DType.f16: "float16",
+            DType.f32: "float32",
+            DType.i32: "int32",
+        }[self]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +121,7 @@ class Scalar:
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """Ordered operands, results and scalars of a kernel; this order is the C ABI.
+    """Ordered operands, results and scalars of a kernel. The C ABI: stream, scalars, buffers.
 
     A name that is both an operand and a result is one buffer, updated in place.
     """
@@ -134,32 +157,57 @@ _LSE = Buffer("lse", "BNT", DType.f32)
 _LSE_LOG2 = Buffer("lse_log2", "BNR", DType.f32)
 _DPSUM = Buffer("dpsum", "BNR", DType.f32)
 _DQ_ACCUM = Buffer("dq_accum", "BNRE", DType.f32)
+QKV = (_Q, _K, _V)
+# A logit of each head without a value; [0, N] if there are none.
+_SINKS = Buffer("sinks", "ZN", DType.f32)
+# Query i of batch b sees keys j with kv_start[b, i] <= j < kv_end[b, i]; none in padding rows. A
+# row with kv_start = -1 has NaN for its out and lse.
+_INTERVAL = (Buffer("kv_start", "BR", DType.i32), Buffer("kv_end", "BR", DType.i32))
+# Of a block of queries: smallest kv_start, largest kv_end; largest kv_start, smallest kv_end. The
+# first two, and the last two, may also be of a wider, and a narrower, interval.
+_KEY_RANGE = Buffer("key_range", "BMW", DType.i32)
+# Of a block of keys: queries [first, end) hold all that see one of them, and [full_first, full_end)
+# only such as see each of them. Multiples of `BLOCK`.
+_QUERY_RANGE = Buffer("query_range", "BJW", DType.i32)
 # > 0 and finite; the Python layer folds a zero or negative scale into q.
 _SCALE = Scalar("softmax_scale", "f32")
-# Query i sees keys j with i + band_lower <= j <= i + band_upper, both clamped to [-T, S].
+# > 0 and finite; 1, and not read, where the row hasn't the feature.
+_SOFTCAP = Scalar("softcap", "f32")
+# Query i sees keys j with i + band_lower <= j <= i + band_upper, both clamped to [-T, S]. With
+# `Feature.interval` the intervals are within the band, which only says how tiles differ.
 _BAND = (Scalar("band_lower", "i32"), Scalar("band_upper", "i32"))
 # A persistent kernel launches one CTA per multiprocessor.
 _NUM_SMS = Scalar("num_sms", "sms")
 
-SIGNATURES: Mapping[Kernel, Signature] = {
-    # out = softmax(softmax_scale q k^T + band) v; lse is the natural logarithm of the row sums,
-    # -inf for a row that sees no key (whose out is 0).
-    Kernel.forward: Signature((_Q, _K, _V), (_OUT, _LSE), (_SCALE, *_BAND, _NUM_SMS)),
-    # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in
-    # padding rows and for rows that see no key, so that their probabilities are 0; dq_accum = 0.
-    Kernel.backward_preprocess: Signature(
-        (_OUT, _DOUT, _LSE, Buffer("dlse", "BNT", DType.f32)), (_DPSUM, _LSE_LOG2, _DQ_ACCUM)
-    ),
-    # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
-    # order that the row's `Split` says.
-    Kernel.backward: Signature(
-        (_Q, _K, _V, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM),
-        (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
-        (_SCALE, *_BAND),
-    ),
+
+def signature(kernel: Kernel, features: tuple[Feature, ...] = ()) -> Signature:
+    """What the rows of `kernel` with these features take and return."""
+    if kernel is Kernel.forward:
+        # out = softmax(scores, sinks) v; lse is the natural logarithm of the row sums, -inf for a
+        # row that sees neither a key nor a sink. Its out is 0.
+        interval = (*_INTERVAL, _KEY_RANGE) if Feature.interval in features else ()
+        return Signature(
+            (*QKV, _SINKS, *interval), (_OUT, _LSE), (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS)
+        )
+    if kernel is Kernel.backward:
+        # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
+        # order that the row's `Split` says.
+        interval = (*_INTERVAL, _QUERY_RANGE) if Feature.interval in features else ()
+        return Signature(
+            (*QKV, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM, *interval),
+            (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
+            (_SCALE, _SOFTCAP, *_BAND),
+        )
+    assert kernel not in FEATURED and not features, f"{kernel} is the same with every feature"
+    if kernel is Kernel.backward_preprocess:
+        # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in
+        # padding rows and for rows that see no key, so that their probabilities are 0; and a
+        # dq_accum of zeros.
+        return Signature(
+            (_OUT, _DOUT, _LSE, Buffer("dlse", "BNT", DType.f32)), (_DPSUM, _LSE_LOG2, _DQ_ACCUM)
+        )
     # dq = softmax_scale * dq_accum, without the padding.
-    Kernel.backward_postprocess: Signature((_DQ_ACCUM,), (Buffer("dq", "BTND"),), (_SCALE,)),
-}
+    return Signature((_DQ_ACCUM,), (Buffer("dq", "BTND"),), (_SCALE,))
 
 
 class Split(enum.StrEnum):
@@ -204,12 +252,14 @@ class Variant:
     dtype: DType
     head_dim: int
     head_dim_v: int
+    features: tuple[Feature, ...] = ()
     tiles: Tiles
 
     @property
     def key(self) -> str:
-        """The architecture-free name that a lowered program carries, e.g. `forward_bf16_d128`."""
-        return kernel_key(self.kernel, self.dtype, self.head_dim, self.head_dim_v)
+        """The architecture-free name that a lowered program carries, e.g. `forward_bf16_d128` or
+        `backward_f16_d192_128_interval_softcap`."""
+        return kernel_key(self.kernel, self.dtype, (self.head_dim, self.head_dim_v), self.features)
 
     @property
     def name(self) -> str:
@@ -219,7 +269,7 @@ class Variant:
     @property
     def signature(self) -> Signature:
         """What this kernel takes and returns."""
-        return SIGNATURES[self.kernel]
+        return signature(self.kernel, self.features)
 
     @property
     def static_dims(self) -> dict[str, int]:
@@ -228,13 +278,16 @@ class Variant:
             "D": self.head_dim,
             "V": self.head_dim_v,
             "E": round_up(self.head_dim, HEAD_DIM_MULTIPLE),
+            "W": RANGE,
         }
 
 
-def kernel_key(kernel: Kernel, dtype: DType, head_dim: int, head_dim_v: int) -> str:
+def kernel_key(
+    kernel: Kernel, dtype: DType, head_dims: tuple[int, int], features: tuple[Feature, ...] = ()
+) -> str:
     """The architecture-free name of a kernel; see `Variant.key`."""
-    dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}_{head_dim_v}"
-    return f"{kernel}_{dtype}_{dims}"
+    dims = f"d{head_dims[0]}" if head_dims[0] == head_dims[1] else "d{}_{}".format(*head_dims)
+    return "_".join((kernel, dtype, dims, *features))
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -246,20 +299,22 @@ def grid(
     kernel: Kernel,
     arch: Arch,
     tiles: Mapping[int | tuple[int, int], Tiles],
+    feature_sets: Iterable[tuple[Feature, ...]] = ((),),
     dtypes: Iterable[DType] = (DType.bf16, DType.f16),
 ) -> Iterator[Variant]:
-    """Rows for every dtype and head dim of `tiles`: of q and v alike, or a pair (q, v)."""
-    for dtype in dtypes:
-        for head_dims, tile in tiles.items():
-            pair = (head_dims, head_dims) if isinstance(head_dims, int) else head_dims
-            yield Variant(
-                kernel=kernel,
-                arch=arch,
-                dtype=dtype,
-                head_dim=pair[0],
-                head_dim_v=pair[1],
-                tiles=tile,
-            )
+    """Rows for every set of features, dtype and head dim of `tiles`: of q and v alike, or a pair
+    (q, v)."""
+    for features, dtype, head_dims in itertools.product(feature_sets, dtypes, tiles):
+        pair = (head_dims, head_dims) if isinstance(head_dims, int) else head_dims
+        yield Variant(
+            kernel=kernel,
+            arch=arch,
+            dtype=dtype,
+            head_dim=pair[0],
+            head_dim_v=pair[1],
+            features=features,
+            tiles=tiles[head_dims],
+        )
 
 
 def _by_products(tile_n: int) -> Tiles:
@@ -276,6 +331,14 @@ _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
     256: _by_products(64),
 }
 
+# Softcap comes with intervals alone: a band is cheap to write as intervals, a third of the rows
+# isn't cheap to build.
+FEATURE_SETS: tuple[tuple[Feature, ...], ...] = (
+    (),
+    (Feature.interval,),
+    (Feature.interval, Feature.softcap),
+)
+
 VARIANTS: tuple[Variant, ...] = (
     *grid(
         Kernel.forward,
@@ -288,13 +351,14 @@ VARIANTS: tuple[Variant, ...] = (
             192: Tiles(tile_m=128, tile_n=112, stages=2, mma_warpgroups=2),
             256: Tiles(tile_m=128, tile_n=80, stages=2, mma_warpgroups=2),
         },
+        FEATURE_SETS,
     ),
     *grid(
         Kernel.backward_preprocess,
         Arch.sm90a,
         {dims: Tiles(tile_m=128) for dims in _BACKWARD_SM90},
     ),
-    *grid(Kernel.backward, Arch.sm90a, _BACKWARD_SM90),
+    *grid(Kernel.backward, Arch.sm90a, _BACKWARD_SM90, FEATURE_SETS),
     *grid(
         Kernel.backward_postprocess,
         Arch.sm90a,
@@ -306,6 +370,11 @@ VARIANTS: tuple[Variant, ...] = (
 def target_name(kernel: Kernel) -> str:
     """The XLA FFI target that launches `kernel`: one name each, so that profiles are readable."""
     return f"fa4_jax_{kernel}_v{TARGET_VERSION}"
+
+
+def feature_set(needed: Iterable[Feature]) -> tuple[Feature, ...]:
+    """The smallest of `FEATURE_SETS` that has every feature of `needed`."""
+    return min((s for s in FEATURE_SETS if set(s) >= set(needed)), key=len)
 
 
 def built_head_dims(kernel: Kernel, dtype: DType) -> tuple[tuple[int, int], ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark attention: TFLOP/s of FA4, cuDNN and XLA on this machine.
+"""Benchmark attention: TFLOP/s of FA4, cuDNN, XLA and tokamax on this machine.
 
     python -m fa4_jax.bench
     python -m fa4_jax.bench --cases 'd128-s4096*' --impl fa4,cudnn --csv out.csv --plot out.png
@@ -22,6 +22,9 @@ the rounds and the distance between their quartiles.
 
 FLOPs, as the FlashAttention papers count them: forward 4 B N T S H, backward 2.5 times that, half
 when causal.
+
+Peers are imported where they are named: tokamax, and flash-attn-4, the official FlashAttention-4,
+which runs under PyTorch in this process, on the same arrays.
 
 Nothing is timed unchecked: results must be finite and agree with the first implementation's.
 """
@@ -49,7 +52,7 @@ import jax.numpy as jnp
 
 from fa4_jax import doctor
 
-IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference")
+IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference", "tokamax", "flash-attn-4")
 # What --pass can name, and the programs it takes.
 PASSES = {"fwd": {"fwd"}, "bwd": {"fwd", "fwd_bwd", "bwd_direct"}, "fwd_bwd": {"fwd_bwd"}}
 DTYPES = {"bfloat16": "", "float16": "-f16", "float32": "-f32"}
@@ -179,18 +182,73 @@ class Program:
         return (time.perf_counter() - start) * 1e3 / calls
 
 
+class TorchProgram(Program):
+    """A pass of flash-attn-4, by PyTorch's autograd."""
+
+    def __init__(self, timed: str, causal: bool, input_sets: list[Arrays]):
+        import torch  # pyright: ignore[reportMissingImports]
+        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
+
+        def attend(q, k, v):
+            out = flash_attn_func(q, k, v, causal=causal)
+            return out[0] if isinstance(out, tuple) else out
+
+        def gradients(out, qkv, dout):
+            return torch.autograd.grad(out, qkv, dout, retain_graph=timed == "bwd_direct")
+
+        def forward_backward(q, k, v, dout):
+            out = attend(q, k, v)
+            return out, gradients(out, (q, k, v), dout)
+
+        functions = {
+            "fwd": lambda q, k, v, dout: attend(q, k, v),
+            "fwd_bwd": forward_backward,
+            "bwd_direct": gradients,
+        }
+        self.function = functions[timed]
+        self.synchronize = torch.cuda.synchronize
+        jax.block_until_ready(input_sets)
+        self.argument_sets = []
+        for arrays in input_sets:
+            q, k, v, dout = (torch.from_dlpack(x) for x in arrays)
+            qkv = tuple(x.requires_grad_(timed != "fwd") for x in (q, k, v))
+            direct = timed == "bwd_direct"
+            self.argument_sets.append((attend(*qkv), qkv, dout) if direct else (*qkv, dout))
+
+    def __call__(self) -> Any:
+        """Results for the first argument set, as JAX's arrays."""
+        results = self.function(*self.argument_sets[0])
+        self.synchronize()
+        return jax.tree.map(lambda x: jnp.from_dlpack(x.detach()), results)
+
+    def milliseconds(self, calls: int) -> float:
+        start = time.perf_counter()
+        for argument_set in itertools.islice(itertools.cycle(self.argument_sets), calls):
+            self.function(*argument_set)
+        self.synchronize()
+        return (time.perf_counter() - start) * 1e3 / calls
+
+
 def attention(implementation: str, causal: bool) -> Attention:
     """out = f(q, k, v) of an implementation."""
     if implementation in ("fa4", "reference"):
         from fa4_jax import flash_attention
 
         return functools.partial(flash_attention, causal=causal, implementation=implementation)
+    if implementation == "tokamax":  # its own choice of tiles; on Hopper, Pallas for Mosaic GPU
+        import tokamax  # pyright: ignore[reportMissingImports]
+
+        attend = tokamax.dot_product_attention
+        return functools.partial(attend, is_causal=causal, implementation="mosaic")
     jax_nn: Any = jax.nn.dot_product_attention
     return functools.partial(jax_nn, is_causal=causal, implementation=implementation)
 
 
-def build(timed: str, attend: Attention, input_sets: list[Arrays]) -> Program:
+def build(timed: str, implementation: str, causal: bool, input_sets: list[Arrays]) -> Program:
     """The program of one pass (not of `bwd`, which is a difference)."""
+    if implementation == "flash-attn-4":
+        return TorchProgram(timed, causal, input_sets)
+    attend = attention(implementation, causal)
 
     def forward(q, k, v, dout):
         return attend(q, k, v)
@@ -283,7 +341,7 @@ class Harness:
             progress(f"{case.name}: preparing {implementation} {timed}")
             try:
                 input_sets = input_sets or [case.inputs(seed) for seed in range(sets)]
-                program = build(timed, attention(implementation, case.causal), input_sets)
+                program = build(timed, implementation, case.causal, input_sets)
                 results = program()
                 if timed == "fwd_bwd":
                     results = results[1]

@@ -58,6 +58,13 @@ struct Extent {
   uintptr_t begin, end;
 };
 
+bool MayBeZero(const Kernel& kernel, char letter) {
+  for (const DimRule& rule : kernel.rules) {
+    if (rule.kind == DimRule::kSameOrZero && rule.letter == letter) return true;
+  }
+  return false;
+}
+
 ffi::Error CheckDims(const Kernel& kernel, const Buffer& want, const ffi::AnyBuffer& got,
                      Sizes* sizes) {
   const Shape shape{got.dimensions()};
@@ -68,9 +75,10 @@ ffi::Error CheckDims(const Kernel& kernel, const Buffer& want, const ffi::AnyBuf
   for (int i = 0; i < want.rank; ++i) {
     const Dim dim = want.dims[i];
     const int64_t size = shape.dims[i];
-    if (size < 1 || size > kMaxDimension) {
+    const int64_t smallest = MayBeZero(kernel, dim.letter) ? 0 : 1;
+    if (size < smallest || size > kMaxDimension) {
       return InvalidArgument(kernel.key, ": ", want.name, ": got dimension ", i, " of size ", size,
-                             " in ", shape, ", expected 1 to ", kMaxDimension);
+                             " in ", shape, ", expected ", smallest, " to ", kMaxDimension);
     }
     if (dim.size > 0 && size != dim.size) {
       return InvalidArgument(kernel.key, ": ", want.name, ": got shape ", shape, ", expected ",
@@ -103,6 +111,11 @@ ffi::Error CheckBuffer(const Kernel& kernel, const Buffer& want, const ffi::AnyB
                            ", expected fewer than 2^63 bytes");
   }
   const uintptr_t begin = reinterpret_cast<uintptr_t>(got.untyped_data());
+  if (bytes == 0) {  // XLA allocates nothing for it
+    *tensor = {nullptr, got.dimensions().begin()};
+    *extent = {0, 0};
+    return ffi::Error::Success();
+  }
   if (begin == 0 || begin % kAlignment != 0 || begin + bytes < begin) {
     return InvalidArgument(kernel.key, ": ", want.name, ": got data pointer ", got.untyped_data(),
                            ", expected a multiple of ", kAlignment, " that isn't null");
@@ -121,13 +134,20 @@ ffi::Error CheckRules(const Kernel& kernel, Sizes sizes) {
                              " = ", other, ", expected ", rule.letter, " to be a multiple of ",
                              rule.other);
     }
-    if (rule.kind == DimRule::kRoundedUp) {
-      const int64_t expected = (other + rule.multiple - 1) / rule.multiple * rule.multiple;
+    if (rule.kind == DimRule::kRoundedUp || rule.kind == DimRule::kBlocks) {
+      const int64_t blocks = (other + rule.multiple - 1) / rule.multiple;
+      const bool in_blocks = rule.kind == DimRule::kBlocks;
+      const int64_t expected = in_blocks ? blocks : blocks * rule.multiple;
       if (size != expected) {
         return InvalidArgument(kernel.key, ": got ", rule.letter, " = ", size, ", expected ",
                                expected, ": ", rule.other, " = ", other,
-                               " rounded up to a multiple of ", rule.multiple);
+                               in_blocks ? " in blocks of " : " rounded up to a multiple of ",
+                               rule.multiple);
       }
+    }
+    if (rule.kind == DimRule::kSameOrZero && size != 0 && size != other) {
+      return InvalidArgument(kernel.key, ": got ", rule.letter, " = ", size, ", expected ",
+                             rule.other, " = ", other, ", or 0");
     }
   }
   return ffi::Error::Success();

@@ -58,10 +58,7 @@ int Launch(const Kernel& kernel, const Call& call, int num_sms, cudaStream_t str
   int32_t status = 0;
   void* args[kMaxBuffers + kMaxScalars + 2];
   int32_t num_args = 0;
-  for (size_t i = 0; i < kernel.buffers.size(); ++i) {
-    tensors[i].Fill(kernel.buffers[i], call.buffers[i]);
-    args[num_args++] = tensors[i].data();
-  }
+  args[num_args++] = &stream;
   for (size_t i = 0; i < kernel.scalars.size(); ++i) {
     if (kernel.scalars[i].kind == Scalar::kNumSms) {
       scalars[i].i32 = num_sms;
@@ -70,7 +67,10 @@ int Launch(const Kernel& kernel, const Call& call, int num_sms, cudaStream_t str
     }
     args[num_args++] = &scalars[i];
   }
-  args[num_args++] = &stream;
+  for (size_t i = 0; i < kernel.buffers.size(); ++i) {
+    tensors[i].Fill(kernel.buffers[i], call.buffers[i]);
+    args[num_args++] = tensors[i].data();
+  }
   args[num_args++] = &status;
   kernel.launch(args, num_args);
   return status;

@@ -53,10 +53,12 @@ struct Buffer {
 
 // A relation between the sizes of two letters.
 struct DimRule {
-  enum Kind : uint8_t { kMultipleOf, kRoundedUp } kind;
+  // letter is a multiple of other; other rounded up to a multiple; the multiples that hold other;
+  // other, or 0 for an operand that isn't given.
+  enum Kind : uint8_t { kMultipleOf, kRoundedUp, kBlocks, kSameOrZero } kind;
   char letter;
   char other;
-  int64_t multiple = 0;  // kRoundedUp: letter is other rounded up to this
+  int64_t multiple = 0;
 };
 
 // A run-time scalar: an attribute, or (kNumSms) the device's number of multiprocessors.
@@ -82,7 +84,7 @@ struct Kernel {
   std::string_view key;   // architecture-free, as a lowered program carries it
   std::string_view name;  // unique
   int major, minor;       // the only compute capability that runs it
-  // Operands, then the results that aren't operands too: the order of the exported C ABI.
+  // Operands, then the results that aren't operands too. The exported C ABI: stream, scalars, these.
   List<Buffer> buffers;
   size_t num_operands;
   List<int> results;  // the buffer each result is; below num_operands: updated in place

@@ -20,8 +20,7 @@ from kernels.common.row_tiles import (
 
 
 class BackwardPostprocess:
-    """Host entry and kernel of one row; `__call__` follows
-    `SIGNATURES[Kernel.backward_postprocess]`."""
+    """Host entry and kernel of one row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.head_dim, self.tile_m = variant.head_dim, variant.tiles.tile_m
@@ -33,10 +32,10 @@ class BackwardPostprocess:
     @cute.jit
     def __call__(
         self,
+        stream: cuda.CUstream,
+        softmax_scale: Float32,
         dq_accum: cute.Tensor,
         dq: cute.Tensor,
-        softmax_scale: Float32,
-        stream: cuda.CUstream,
     ):
         batch, heads, padded_rows, _ = dq_accum.shape
         self.kernel(dq_accum, dq, softmax_scale).launch(

@@ -32,8 +32,7 @@ BATCH = 4  # vectors of out, and of dout, that a thread has in flight
 
 
 class BackwardPreprocess:
-    """Host entry and kernel of one row; `__call__` follows
-    `SIGNATURES[Kernel.backward_preprocess]`."""
+    """Host entry and kernel of one row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
@@ -42,6 +41,7 @@ class BackwardPreprocess:
     @cute.jit
     def __call__(
         self,
+        stream: cuda.CUstream,
         out: cute.Tensor,
         dout: cute.Tensor,
         lse: cute.Tensor,
@@ -49,7 +49,6 @@ class BackwardPreprocess:
         dpsum: cute.Tensor,
         lse_log2: cute.Tensor,
         dq_accum: cute.Tensor,
-        stream: cuda.CUstream,
     ):
         batch, heads, padded_rows, _ = dq_accum.shape
         self.kernel(out, dout, lse, dlse, dpsum, lse_log2, dq_accum).launch(

@@ -25,7 +25,7 @@ so that the exponentials don't wait for them.
     load --[k, v]--> compute          one stage, loaded once
     load --[q, lse_log2]--> compute   `stages` deep
     load --[dout, dpsum]--> compute   `stages` deep
-    compute --[dS]--> compute         two stages: a warpgroup may write the next dS while the other
+    compute --[dS]--> compute         q's stages: a warpgroup may write the next dS while the other
                                       still multiplies by this one
     compute --[dq]--> store_dq        one slab per warpgroup, named barriers
 """
@@ -41,21 +41,35 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
-from fa4_jax._variants import Variant
-from kernels.common.block_range import BlockRange, visible_blocks
+from fa4_jax._variants import Feature, Variant
 from kernels.common.copy_sm90 import (
     SlabPairs,
     accumulator_to_smem,
+    matrix_rows,
     slab_pairs,
-    store_matrix,
+    store_matrices,
     store_pairs,
     tma_atom,
     tma_store,
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
-from kernels.common.fast_math import fma
-from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
+from kernels.common.key_tile import (
+    KeyTile,
+    Operands,
+    Scalars,
+    Softcap,
+    Statistics,
+    cap,
+    capped_gradients,
+    column_statistic,
+    key_tile,
+    load_operands,
+    mask_transposed,
+    probabilities,
+    score_gradient,
+)
+from kernels.common.mask import Band, accumulator_coordinates
 from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
@@ -65,25 +79,15 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
-from kernels.common.softmax import LOG2_E
 
 # Named barriers; 0 is sync_threads. DQ_EMPTY + i and DQ_FULL + i belong to warpgroup i's dq slab.
 COMPUTE, DQ_EMPTY, DQ_FULL = 1, 2, 4
-DS_STAGES = 2
 DQ_SLAB = 64  # rows and columns of the dq piece that one warpgroup computes
 
 
-class Tma(NamedTuple):
-    """TMA atoms with the coordinate tensors of (rows, dim, head, batch) arrays."""
+class Stores(NamedTuple):
+    """TMA atoms and coordinate tensors (rows, dim, head, batch) of the results."""
 
-    q: cute.CopyAtom
-    g_q: cute.Tensor
-    k: cute.CopyAtom
-    g_k: cute.Tensor
-    v: cute.CopyAtom
-    g_v: cute.Tensor
-    dout: cute.CopyAtom
-    g_dout: cute.Tensor
     dk: cute.CopyAtom
     g_dk: cute.Tensor
     dv: cute.CopyAtom
@@ -109,21 +113,17 @@ class Layouts(NamedTuple):
 
 
 class Smem(NamedTuple):
-    """Shared-memory tiles, stages last; lse_log2 and dpsum are (tile_m, stages)."""
+    """Shared-memory tiles, stages last."""
 
-    q: cute.Tensor
+    operands: Operands
     q_t: cute.Tensor
-    dout: cute.Tensor
     dout_t: cute.Tensor
-    k: cute.Tensor
     k_t: cute.Tensor
-    v: cute.Tensor
     ds: cute.Tensor
     ds_t: cute.Tensor
     dq: cute.Tensor
     dq_flat: cute.Tensor  # the same bytes, by offset
-    lse_log2: cute.Tensor
-    dpsum: cute.Tensor
+    rows: Statistics  # (tile_m, stages)
 
 
 class Mma(NamedTuple):
@@ -137,45 +137,16 @@ class Mma(NamedTuple):
     dq_slab: cute.TiledMma
 
 
-class Pipes(NamedTuple):
-    """One side (producers or consumers) of the load pipelines."""
-
-    q: object
-    dout: object
-    k: object
-    v: object
-
-
-class Statistics(NamedTuple):
-    """Row statistics in global memory, (batch, heads, padded rows) fp32."""
-
-    lse_log2: cute.Tensor
-    dpsum: cute.Tensor
-
-
-class Tile(NamedTuple):
-    """The key tile of this CTA, the query tiles it visits per head, and the run-time scalars."""
-
-    n_block: Int32
-    kv_head: Int32
-    group: Int32  # query heads per key/value head
-    batch: Int32
-    blocks: BlockRange
-    softmax_scale: Float32
-    band_lower: Int32
-    band_upper: Int32
-    seqlen_q: Int32
-    seqlen_k: Int32
-
-
 class BackwardSm90:
-    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.backward]`."""
+    """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.dtype = element_type(variant.dtype)
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
+        self.has_intervals = Feature.interval in variant.features
+        self.has_softcap = Feature.softcap in variant.features
         self.scores_ahead = variant.tiles.scores_ahead
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
@@ -183,6 +154,7 @@ class BackwardSm90:
         # dq is tile_m x head_dim: warpgroups split its rows if there are enough, else its columns.
         self.dq_atoms = (self.tile_m // DQ_SLAB, self.head_dim // DQ_SLAB, 1)
         assert self.tile_n == 64 * self.warpgroups, "a warpgroup owns 64 keys"
+        assert self.stages >= 2, "dS, too, is written before the last one has been read"
         assert self.dq_atoms[0] * self.dq_atoms[1] == self.warpgroups, (
             "a warpgroup computes one dq slab"
         )
@@ -190,20 +162,14 @@ class BackwardSm90:
     @cute.jit
     def __call__(  # noqa: PLR0913 - the C ABI is flat
         self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        dout: cute.Tensor,
-        lse_log2: cute.Tensor,
-        dpsum: cute.Tensor,
-        dq_accum: cute.Tensor,
-        dk: cute.Tensor,
-        dv: cute.Tensor,
+        stream: cuda.CUstream,
         softmax_scale: Float32,
+        softcap: Float32,
         band_lower: Int32,
         band_upper: Int32,
-        stream: cuda.CUstream,
+        *buffers: cute.Tensor,
     ):
+        q, k, v, dout, lse_log2, dpsum, dq_accum, *intervals, dk, dv = buffers
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
         q, k, v, dout, dk, dv = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
@@ -213,16 +179,23 @@ class BackwardSm90:
         layouts = self.layouts()
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         reduce = cpasync.CopyReduceBulkTensorTileS2GOp(cute.ReductionKind.ADD)
-        tma = Tma(
-            *tma_atom(load, q, layouts.q, (self.tile_m, self.head_dim)),
-            *tma_atom(load, k, layouts.k, (self.tile_n, self.head_dim)),
-            *tma_atom(load, v, layouts.v, (self.tile_n, self.head_dim_v)),
-            *tma_atom(load, dout, layouts.dout, (self.tile_m, self.head_dim_v)),
+        loads = [
+            tma_atom(load, array, layout, (rows, dim))
+            for array, layout, rows, dim in (
+                (q, layouts.q, self.tile_m, self.head_dim),
+                (k, layouts.k, self.tile_n, self.head_dim),
+                (v, layouts.v, self.tile_n, self.head_dim_v),
+                (dout, layouts.dout, self.tile_m, self.head_dim_v),
+            )
+        ]
+        atoms, coordinates = (Operands(*part) for part in zip(*loads, strict=True))
+        stores = Stores(
             *tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
             *tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
             *tma_atom(reduce, dq, layouts.dq, (DQ_SLAB, DQ_SLAB)),
         )
         stages = self.stages
+        bounds = self.tile_m * stages if self.has_intervals else 0
 
         def room(layout: cute.ComposedLayout):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
@@ -235,6 +208,8 @@ class BackwardSm90:
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
+            kv_start: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
+            kv_end: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
             q: room(layouts.q)
             dout: room(layouts.dout)
             k: room(layouts.k)
@@ -244,9 +219,19 @@ class BackwardSm90:
 
         self.storage = Storage
         n_blocks = cute.ceil_div(k.shape[0], self.tile_n)
-        statistics = Statistics(lse_log2, dpsum)
         self.kernel(
-            tma, self.mma(), layouts, statistics, softmax_scale, band_lower, band_upper
+            atoms,
+            coordinates,
+            stores,
+            self.mma(),
+            layouts,
+            Statistics(lse_log2, dpsum, tuple(intervals[:2])),
+            Scalars(
+                softmax_scale,
+                Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
+                Band(band_lower, band_upper),
+            ),
+            tuple(intervals[2:]),
         ).launch(
             grid=(n_blocks * k.shape[2] * k.shape[3], 1, 1),
             block=(self.threads, 1, 1),
@@ -268,8 +253,8 @@ class BackwardSm90:
             k=a(row_major, (n, m, d), self.dtype, 1),
             k_t=b(col_major, (m, d, n), self.dtype, 1),
             v=a(row_major, (n, m, dv), self.dtype, 1),
-            ds=a(row_major, (n, d, m), self.dtype, DS_STAGES),
-            ds_t=a(col_major, (m, d, n), self.dtype, DS_STAGES),
+            ds=a(row_major, (n, d, m), self.dtype, self.stages),
+            ds_t=a(col_major, (m, d, n), self.dtype, self.stages),
             dq=sm90.make_smem_layout_epi(Float32, row_major, (DQ_SLAB, DQ_SLAB), self.warpgroups),
         )
 
@@ -289,13 +274,14 @@ class BackwardSm90:
     @cute.kernel
     def kernel(
         self,
-        tma: Tma,
+        atoms: Operands,
+        coordinates: Operands,
+        stores: Stores,
         mma: Mma,
         layouts: Layouts,
         statistics: Statistics,
-        softmax_scale: Float32,
-        band_lower: Int32,
-        band_upper: Int32,
+        scalars: Scalars,
+        query_range: tuple[cute.Tensor, ...],
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -305,33 +291,28 @@ class BackwardSm90:
         pipes = tuple(
             load_tile_pipeline(barriers, layout, self.dtype, warps, extra)
             for barriers, layout, extra in (
-                (storage.q_barriers, layouts.q, row_bytes),
-                (storage.dout_barriers, layouts.dout, row_bytes),
+                (storage.q_barriers, layouts.q, (3 if self.has_intervals else 1) * row_bytes),
                 (storage.k_barriers, layouts.k, 0),
                 (storage.v_barriers, layouts.v, 0),
+                (storage.dout_barriers, layouts.dout, row_bytes),
             )
         )
+        producers, consumers = (Operands(*side) for side in zip(*pipes, strict=True))
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
-        tile = self.tile(tma, softmax_scale, band_lower, band_upper)
+        tile_mn = (self.tile_m, self.tile_n)
+        tile = key_tile(coordinates.q, coordinates.k, tile_mn, scalars, query_range)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
-                self.load(tma, smem, Pipes(*(producer for producer, _ in pipes)), tile, statistics)
+                rows, ahead = (statistics, smem.rows), self.scores_ahead
+                load_operands(atoms, coordinates, smem.operands, producers, rows, tile, ahead)
             if warp_idx == 1:
-                self.store_dq(tma, smem, tile)
+                self.store_dq(stores, smem, tile)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.compute(
-                thread - WARPGROUP,
-                mma,
-                smem,
-                layouts.dq,
-                Pipes(*(consumer for _, consumer in pipes)),
-                tile,
-                tma,
-            )
+            self.compute(thread - WARPGROUP, mma, smem, layouts, consumers, tile, stores)
 
     def shared_memory(self, storage, layouts: Layouts) -> Smem:
         """The tiles and their transposed views."""
@@ -347,110 +328,21 @@ class BackwardSm90:
         q, dout = tile(storage.q, layouts.q), tile(storage.dout, layouts.dout)
         k, ds = tile(storage.k, layouts.k), tile(storage.ds, layouts.ds)
         rows = cute.make_layout((self.tile_m, self.stages))
+        bounds = (storage.kv_start, storage.kv_end) if const_expr(self.has_intervals) else ()
+        interval = tuple(bound.get_tensor(rows) for bound in bounds)
         return Smem(
-            q=q,
+            operands=Operands(q=q, k=k, v=tile(storage.v, layouts.v), dout=dout),
             q_t=view(q, layouts.q_t),
-            dout=dout,
             dout_t=view(dout, layouts.dout_t),
-            k=k,
             k_t=view(k, layouts.k_t),
-            v=tile(storage.v, layouts.v),
             ds=ds,
             ds_t=view(ds, layouts.ds_t),
             dq=tile(storage.dq, layouts.dq),
             dq_flat=storage.dq.get_tensor(cute.make_layout(cute.cosize(layouts.dq))),
-            lse_log2=storage.lse_log2.get_tensor(rows),
-            dpsum=storage.dpsum.get_tensor(rows),
+            rows=Statistics(
+                storage.lse_log2.get_tensor(rows), storage.dpsum.get_tensor(rows), interval
+            ),
         )
-
-    @cute.jit
-    def tile(self, tma: Tma, softmax_scale: Float32, band_lower: Int32, band_upper: Int32) -> Tile:
-        """Decode this CTA's tile. Key tiles of a head are neighbours, so that its q and dout stay
-        in the L2; under a causal band the first, longest ones start first."""
-        block, _, _ = cute.arch.block_idx()
-        seqlen_q, _, heads, _ = tma.g_q.shape
-        seqlen_k, _, kv_heads, _ = tma.g_k.shape
-        n_blocks = cute.ceil_div(seqlen_k, self.tile_n)
-        n_block = block % n_blocks
-        first = n_block * self.tile_n
-        last = cutlass.min(first + self.tile_n, seqlen_k) - 1
-        blocks = visible_blocks(first, last, -band_upper, -band_lower, seqlen_q, self.tile_m)
-        # Past seqlen_k, k is 0 and p may be inf: without a mask, dq would get inf * 0.
-        if first + self.tile_n > seqlen_k:
-            blocks = blocks._replace(full_end=Int32(0))
-        return Tile(
-            n_block=n_block,
-            kv_head=block // n_blocks % kv_heads,
-            group=heads // kv_heads,
-            batch=block // (n_blocks * kv_heads),
-            blocks=blocks,
-            softmax_scale=softmax_scale,
-            band_lower=band_lower,
-            band_upper=band_upper,
-            seqlen_q=seqlen_q,
-            seqlen_k=seqlen_k,
-        )
-
-    @cute.jit
-    def load(self, tma: Tma, smem: Smem, producers: Pipes, tile: Tile, statistics: Statistics):
-        """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every
-        head."""
-        q_producer, dout_producer, k_producer, v_producer = producers
-        blocks = tile.blocks
-        if blocks.end > blocks.begin:
-            g_k = tma.g_k[None, None, tile.kv_head, tile.batch]
-            g_v = tma.g_v[None, None, tile.kv_head, tile.batch]
-            g_k = cute.local_tile(g_k, (self.tile_n, self.head_dim), (tile.n_block, 0))
-            g_v = cute.local_tile(g_v, (self.tile_n, self.head_dim_v), (tile.n_block, 0))
-            s_k, g_k = tma_tiles(tma.k, smem.k, g_k)
-            s_v, g_v = tma_tiles(tma.v, smem.v, g_v)
-            slot = k_producer.acquire_and_advance()
-            cute.copy(tma.k, g_k, s_k[None, 0], tma_bar_ptr=slot.barrier)
-            slot = v_producer.acquire_and_advance()
-            cute.copy(tma.v, g_v, s_v[None, 0], tma_bar_ptr=slot.barrier)
-            for h in cutlass.range(tile.group, unroll=1):
-                head = tile.kv_head * tile.group + h
-                g_q = tma.g_q[None, None, head, tile.batch]
-                g_dout = tma.g_dout[None, None, head, tile.batch]
-                g_q = cute.local_tile(g_q, (self.tile_m, self.head_dim), (None, 0))
-                g_dout = cute.local_tile(g_dout, (self.tile_m, self.head_dim_v), (None, 0))
-                s_q, g_q = tma_tiles(tma.q, smem.q, g_q)
-                s_dout, g_dout = tma_tiles(tma.dout, smem.dout, g_dout)
-                rows = (self.tile_m,)
-                g_lse = cute.local_tile(statistics.lse_log2[tile.batch, head, None], rows, (None,))
-                g_dpsum = cute.local_tile(statistics.dpsum[tile.batch, head, None], rows, (None,))
-                for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
-                    slot = q_producer.acquire_and_advance()
-                    cute.copy(tma.q, g_q[None, m], s_q[None, slot.index], tma_bar_ptr=slot.barrier)
-                    row = smem.lse_log2[None, slot.index]
-                    self.load_statistic(g_lse[None, m], row, slot.barrier)
-                    slot = dout_producer.acquire_and_advance()
-                    cute.copy(
-                        tma.dout,
-                        g_dout[None, m],
-                        s_dout[None, slot.index],
-                        tma_bar_ptr=slot.barrier,
-                    )
-                    row = smem.dpsum[None, slot.index]
-                    self.load_statistic(g_dpsum[None, m], row, slot.barrier)
-                if const_expr(self.scores_ahead):
-                    # The scores after the last ones are nobody's; they must read something.
-                    if h == tile.group - 1:
-                        m = blocks.begin
-                        slot = q_producer.acquire_and_advance()
-                        target = s_q[None, slot.index]
-                        cute.copy(tma.q, g_q[None, m], target, tma_bar_ptr=slot.barrier)
-                        row = smem.lse_log2[None, slot.index]
-                        self.load_statistic(g_lse[None, m], row, slot.barrier)
-            q_producer.tail()
-            dout_producer.tail()
-
-    @cute.jit
-    def load_statistic(self, row: cute.Tensor, target: cute.Tensor, barrier: cute.Pointer):
-        """A row statistic of one query tile, on the barrier of the tile it comes with."""
-        bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
-        with cute.arch.elect_one():
-            cute.copy(bulk, row, target, mbar_ptr=barrier)
 
     @cute.jit
     def compute(  # noqa: C901 - a main loop, in the order in which it runs
@@ -458,23 +350,24 @@ class BackwardSm90:
         thread: Int32,
         mma: Mma,
         smem: Smem,
-        dq_layout: cute.ComposedLayout,
-        consumers: Pipes,
-        tile: Tile,
-        tma: Tma,
+        layouts: Layouts,
+        consumers: Operands,
+        tile: KeyTile,
+        stores: Stores,
     ):
         """The five products of every visited query tile for this warpgroup's 64 keys, then dk and
         dv."""
-        q_consumer, dout_consumer, k_consumer, v_consumer = consumers
+        q_consumer, k_consumer, v_consumer, dout_consumer = consumers
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         # Descriptors are the warpgroup's: from its first thread, which is uniform.
         first_thread = group * WARPGROUP
         scores_thread = mma.scores.get_slice(first_thread)
         dq_thread = mma.dq.get_slice(first_thread)
-        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(smem.k))[None, None, None, 0]
-        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(smem.v))[None, None, None, 0]
-        f_q = mma.scores.make_fragment_B(scores_thread.partition_B(smem.q))
-        f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(smem.dout))
+        s_q, s_k, s_v, s_dout = smem.operands
+        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(s_k))[None, None, None, 0]
+        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(s_v))[None, None, None, 0]
+        f_q = mma.scores.make_fragment_B(scores_thread.partition_B(s_q))
+        f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(s_dout))
         f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(first_thread).partition_B(smem.q_t))
         f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(first_thread).partition_B(smem.dout_t))
         f_ds_t = mma.dq.make_fragment_A(dq_thread.partition_A(smem.ds_t))
@@ -486,25 +379,26 @@ class BackwardSm90:
         dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
         dk.fill(0.0)
         dv.fill(0.0)
-        ds_copy = store_matrix(self.dtype, mma.scores)
-        s_ds = ds_copy.get_slice(thread).partition_D(smem.ds)
+        s_ds = matrix_rows(smem.ds, layouts.ds, thread)
         s_dq = slab_pairs(
-            smem.dq_flat, dq_layout, mma.dq_slab, (thread % WARPGROUP, group), (DQ_SLAB, DQ_SLAB)
+            smem.dq_flat, layouts.dq, mma.dq_slab, (thread % WARPGROUP, group), (DQ_SLAB, DQ_SLAB)
         )
-        s_lse = self.column_statistic(smem.lse_log2, mma.scores.get_slice(thread))
-        s_dpsum = self.column_statistic(smem.dpsum, mma.scores.get_slice(thread))
-        scale_log2 = tile.softmax_scale * LOG2_E
+        mine = mma.scores.get_slice(thread)
+        s_lse, s_dpsum, *s_interval = (
+            column_statistic(rows, mine, self.tile_n)
+            for rows in (smem.rows.lse_log2, smem.rows.dpsum, *smem.rows.interval)
+        )
+        scale_log2 = tile.scalars.scale_log2()
         blocks = tile.blocks
 
         if blocks.end > blocks.begin:
             k_consumer.wait()
-            v_consumer.wait()
-            ds_stage = Int32(0)
             scores = make_accumulator(mma.scores, tile_nm)
             if const_expr(self.scores_ahead):
                 first_q = stage(f_q, q_consumer.wait())
                 issue_gemm(mma.scores, scores, f_k, first_q, zero=True)
                 warpgroup.wait_group(0)
+            v_consumer.wait()
             for _ in cutlass.range(tile.group, unroll=1):
                 for first, end, masked in blocks.segments(blocks.end):
                     for m in cutlass.range(first, end, unroll=1):
@@ -518,15 +412,31 @@ class BackwardSm90:
                         f_dout_m = stage(f_dout, dout_slot)
                         issue_gemm(mma.scores, dp, f_v, f_dout_m, zero=True)
                         warpgroup.wait_group(1)
-                        if const_expr(masked):
-                            self.mask(rows_and_columns(scores), coords, m, tile)
                         lse_log2 = s_lse[None, None, q_slot.index]
-                        self.probabilities(rows_and_columns(scores), lse_log2, scale_log2)
-                        p = to_16_bit(scores, self.dtype)
-                        warpgroup.wait_group(0)
                         dpsum = s_dpsum[None, None, dout_slot.index]
-                        self.score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
-                        ds = to_16_bit(dp, self.dtype)
+                        interval = ()
+                        if const_expr(masked):
+                            interval = tuple(s[None, None, q_slot.index] for s in s_interval)
+                        if const_expr(self.has_softcap):
+                            cap(scores, tile.scalars)
+                            warpgroup.wait_group(0)
+                            p, ds = capped_gradients(
+                                (scores, dp),
+                                Statistics(lse_log2, dpsum, interval),
+                                (coords, tile.n_block * self.tile_n),
+                                scale_log2,
+                                (s_ds, q_slot.index),
+                                self.dtype,
+                            )
+                        else:
+                            if const_expr(masked):
+                                place = (m, tile, (self.tile_m, self.tile_n))
+                                mask_transposed(rows_and_columns(scores), coords, *place, interval)
+                            probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                            p = to_16_bit(scores, self.dtype)
+                            warpgroup.wait_group(0)
+                            score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
+                            ds = to_16_bit(dp, self.dtype)
                         f_dout_m = stage(f_dout_t, dout_slot)
                         issue_gemm(mma.dv, dv, as_a_operand(p), f_dout_m, zero=False)
                         if const_expr(self.scores_ahead):
@@ -534,7 +444,8 @@ class BackwardSm90:
                             q_next = q_consumer.wait()
                             f_q_m = stage(f_q, q_next)
                             issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
-                        cute.copy(ds_copy, ds_copy.retile(ds), s_ds[None, None, None, ds_stage])
+                        if const_expr(not self.has_softcap):
+                            store_matrices(ds, s_ds, q_slot.index, 0, self.tile_m)
                         cute.arch.fence_view_async_shared()
                         cute.arch.barrier(
                             barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
@@ -544,7 +455,7 @@ class BackwardSm90:
                             warpgroup.wait_group(1)
                             dout_slot.release()
                         dq = make_accumulator(mma.dq, (self.tile_m, self.head_dim))
-                        issue_gemm(mma.dq, dq, f_ds_t[None, None, None, ds_stage], f_k_t, zero=True)
+                        issue_gemm(mma.dq, dq, stage(f_ds_t, q_slot), f_k_t, zero=True)
                         f_q_m = stage(f_q_t, q_slot)
                         issue_gemm(mma.dk, dk, as_a_operand(ds), f_q_m, zero=False)
                         if const_expr(not self.scores_ahead):
@@ -554,40 +465,11 @@ class BackwardSm90:
                         self.hand_over_dq(dq, s_dq, group)
                         warpgroup.wait_group(0)
                         q_slot.release()
-                        ds_stage = ds_stage ^ 1
             if const_expr(self.scores_ahead):
                 q_consumer.release()
 
-        dk.store(dk.load() * tile.softmax_scale)
-        self.epilogue(thread, mma, smem, tile, tma, (dk, dv))
-
-    def column_statistic(self, rows: cute.Tensor, scores_thread) -> cute.Tensor:
-        """This thread's entries of a (tile_m, stages) statistic, as (2, column pairs, stages).
-
-        The accumulator's rows are keys and its columns queries, so a broadcast over rows selects
-        them.
-        """
-        broadcast = cute.make_tensor(
-            rows.iterator,
-            cute.make_layout((self.tile_n, self.tile_m, self.stages), stride=(0, 1, self.tile_m)),
-        )
-        part = scores_thread.partition_C(broadcast)
-        shape, stride = part.layout.shape, part.layout.stride
-        return cute.make_tensor(
-            part.iterator,
-            cute.make_layout(
-                (shape[0][0], (shape[0][2], shape[2]), self.stages),
-                stride=(stride[0][0], (stride[0][2], stride[2]), self.tile_m),
-            ),
-        )
-
-    @cute.jit
-    def mask(self, scores: cute.Tensor, coords: Coordinates, m: Int32, tile: Tile):
-        """Mask what the band and the sequences' ends leave out of query tile m."""
-        m_start, n_start = m * self.tile_m, tile.n_block * self.tile_n
-        shift = n_start - m_start
-        extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
-        mask_scores(scores, coords, shift - tile.band_upper, shift - tile.band_lower, extent)
+        dk.store(dk.load() * tile.scalars.softmax_scale)
+        self.epilogue(thread, mma, smem, tile, stores, (dk, dv))
 
     @cute.jit
     def hand_over_dq(self, dq: cute.Tensor, s_dq: SlabPairs, group: Int32):
@@ -599,60 +481,43 @@ class BackwardSm90:
         cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=threads)
 
     @cute.jit
-    def probabilities(self, scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32):
-        """scores <- exp2(scale_log2 * scores - lse_log2).
-
-        The statistics are read from shared memory pair by pair: they don't fit in registers as
-        well.
-        """
-        for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
-            statistic = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(lse_log2[None, pair], statistic)
-            for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-                for c in cutlass.range_constexpr(2):
-                    scaled = fma(scores[r, 2 * pair + c], scale_log2, -statistic[c])
-                    scores[r, 2 * pair + c] = cute.math.exp2(scaled, fastmath=True)
-
-    @cute.jit
-    def score_gradient(self, p: cute.Tensor, dp: cute.Tensor, dpsum: cute.Tensor):
-        """dp <- p * (dp - dpsum), the gradient of the scaled scores."""
-        for pair in cutlass.range_constexpr(cute.size(dpsum, mode=[1])):
-            statistic = cute.make_rmem_tensor(2, Float32)
-            cute.autovec_copy(dpsum[None, pair], statistic)
-            for r in cutlass.range_constexpr(cute.size(p, mode=[0])):
-                for c in cutlass.range_constexpr(2):
-                    i = 2 * pair + c
-                    dp[r, i] = p[r, i] * (dp[r, i] - statistic[c])
-
-    @cute.jit
-    def epilogue(self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, gradients: tuple):
+    def epilogue(
+        self,
+        thread: Int32,
+        mma: Mma,
+        smem: Smem,
+        tile: KeyTile,
+        stores: Stores,
+        gradients: tuple,
+    ):
         """dk, dv -> 16 bit -> the shared memory of k and v -> TMA stores, which clip keys past
         seqlen_k."""
         everybody = self.warpgroups * WARPGROUP
         cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)  # k has been read for dq
-        accumulator_to_smem(gradients[0], mma.dk, thread, smem.k[None, None, 0])
-        accumulator_to_smem(gradients[1], mma.dv, thread, smem.v[None, None, 0])
+        s_k, s_v = smem.operands.k, smem.operands.v
+        accumulator_to_smem(gradients[0], mma.dk, thread, s_k[None, None, 0])
+        accumulator_to_smem(gradients[1], mma.dv, thread, s_v[None, None, 0])
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)
         if cute.arch.make_warp_uniform(thread // 32) == 0:
             for atom, s, g, dim in (
-                (tma.dk, smem.k, tma.g_dk, self.head_dim),
-                (tma.dv, smem.v, tma.g_dv, self.head_dim_v),
+                (stores.dk, s_k, stores.g_dk, self.head_dim),
+                (stores.dv, s_v, stores.g_dv, self.head_dim_v),
             ):
                 g = g[None, None, tile.kv_head, tile.batch]
                 g = cute.local_tile(g, (self.tile_n, dim), (tile.n_block, 0))
                 tma_store(atom, s[None, None, 0], g)
 
     @cute.jit
-    def store_dq(self, tma: Tma, smem: Smem, tile: Tile):
+    def store_dq(self, stores: Stores, smem: Smem, tile: KeyTile):
         """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
         handed back."""
         blocks = tile.blocks
         if blocks.end > blocks.begin:
             for h in cutlass.range(tile.group, unroll=1):
-                g_dq = tma.g_dq[None, None, tile.kv_head * tile.group + h, tile.batch]
+                g_dq = stores.g_dq[None, None, tile.kv_head * tile.group + h, tile.batch]
                 g_dq = cute.local_tile(g_dq, (DQ_SLAB, DQ_SLAB), (None, None))
-                s_dq, g_dq = tma_tiles(tma.dq, smem.dq, g_dq)
+                s_dq, g_dq = tma_tiles(stores.dq, smem.dq, g_dq)
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
                     for group in cutlass.range_constexpr(self.warpgroups):
                         cute.arch.barrier_arrive(
@@ -666,7 +531,7 @@ class BackwardSm90:
                         # Unlike a TMA store, the reduction elects its lane itself (seen in the
                         # PTX).
                         m_slab = m * self.dq_atoms[0] + row
-                        cute.copy(tma.dq, s_dq[None, group], g_dq[None, m_slab, column])
+                        cute.copy(stores.dq, s_dq[None, group], g_dq[None, m_slab, column])
                         cute.arch.cp_async_bulk_commit_group()
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.cp_async_bulk_wait_group(0)

@@ -16,7 +16,8 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
     load --[k, v]--> both                        one stage, loaded once
     load --[q, lse_log2]--> both                 `stages` deep
     load --[dout, dpsum]--> both                 `stages` deep
-    probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL
+    probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL; with a softcap,
+                                                 p (1 - t^2): see `key_tile`
     gradients --[dS]--> both                     one stage, named barrier DS_FULL
 
 Scores are transposed (keys by queries), so p and dS are the register operands of dv and dk, and
@@ -45,7 +46,7 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
-from fa4_jax._variants import Variant
+from fa4_jax._variants import Feature, Variant
 from kernels.common.copy_sm90 import (
     accumulator_to_smem,
     add_to_gmem,
@@ -58,14 +59,18 @@ from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     KeyTile,
     Operands,
+    Scalars,
+    Softcap,
     Statistics,
+    cap,
+    capped_probabilities,
     column_statistic,
     key_tile,
     load_operands,
     mask_transposed,
     probabilities,
 )
-from kernels.common.mask import accumulator_coordinates
+from kernels.common.mask import Band, accumulator_coordinates
 from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
@@ -74,7 +79,6 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
-from kernels.common.softmax import LOG2_E
 
 # Named barriers; 0 is sync_threads. STORE + i belongs to warpgroup i.
 P_FULL, DS_FULL, STORE = 1, 2, 3
@@ -83,12 +87,13 @@ TILE_M = 64  # queries per tile: the rows of one MMA of dq
 
 
 class Stores(NamedTuple):
-    """TMA atoms and coordinate tensors (rows, dim, head, batch) of the results."""
+    """TMA atoms and coordinate tensors (rows, dim, head, batch) of dk and dv; dq's accumulator."""
 
     dk: cute.CopyAtom
     g_dk: cute.Tensor
     dv: cute.CopyAtom
     g_dv: cute.Tensor
+    dq: cute.Tensor
 
 
 class Layouts(NamedTuple):
@@ -130,13 +135,15 @@ class Mma(NamedTuple):
 
 
 class BackwardWideSm90:
-    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.backward]`."""
+    """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.dtype = element_type(variant.dtype)
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
+        self.has_intervals = Feature.interval in variant.features
+        self.has_softcap = Feature.softcap in variant.features
         self.registers = register_split(variant.tiles.mma_warpgroups)
         # (first column, columns) of dq's products: the probabilities' one, then the
         # gradients'. A product must not start inside a swizzle atom of k, 64 columns, or 32 at
@@ -152,20 +159,14 @@ class BackwardWideSm90:
     @cute.jit
     def __call__(  # noqa: PLR0913 - the C ABI is flat
         self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        dout: cute.Tensor,
-        lse_log2: cute.Tensor,
-        dpsum: cute.Tensor,
-        dq_accum: cute.Tensor,
-        dk: cute.Tensor,
-        dv: cute.Tensor,
+        stream: cuda.CUstream,
         softmax_scale: Float32,
+        softcap: Float32,
         band_lower: Int32,
         band_upper: Int32,
-        stream: cuda.CUstream,
+        *buffers: cute.Tensor,
     ):
+        q, k, v, dout, lse_log2, dpsum, dq_accum, *intervals, dk, dv = buffers
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
         q, k, v, dout, dk, dv = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
@@ -187,8 +188,10 @@ class BackwardWideSm90:
         stores = Stores(
             *tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
             *tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
+            dq,
         )
         stages = self.stages
+        bounds = self.tile_m * stages if self.has_intervals else 0
 
         def room(layout: cute.ComposedLayout):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
@@ -201,6 +204,8 @@ class BackwardWideSm90:
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
+            kv_start: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
+            kv_end: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
             q: room(layouts.q)
             dout: room(layouts.dout)
             k: room(layouts.k)
@@ -216,9 +221,13 @@ class BackwardWideSm90:
             stores,
             self.mma(),
             layouts,
-            Statistics(lse_log2, dpsum),
-            dq,
-            (softmax_scale, band_lower, band_upper),
+            Statistics(lse_log2, dpsum, tuple(intervals[:2])),
+            Scalars(
+                softmax_scale,
+                Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
+                Band(band_lower, band_upper),
+            ),
+            tuple(intervals[2:]),
         ).launch(
             grid=(n_blocks * k.shape[2] * k.shape[3], 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -267,8 +276,8 @@ class BackwardWideSm90:
         mma: Mma,
         layouts: Layouts,
         statistics: Statistics,
-        dq: cute.Tensor,
-        scalars: tuple[Float32, Int32, Int32],
+        scalars: Scalars,
+        query_range: tuple[cute.Tensor, ...],
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -278,7 +287,7 @@ class BackwardWideSm90:
         pipes = tuple(
             load_tile_pipeline(barriers, layout, self.dtype, BOTH // 32, extra)
             for barriers, layout, extra in (
-                (storage.q_barriers, layouts.q, row_bytes),
+                (storage.q_barriers, layouts.q, (3 if self.has_intervals else 1) * row_bytes),
                 (storage.k_barriers, layouts.k, 0),
                 (storage.v_barriers, layouts.v, 0),
                 (storage.dout_barriers, layouts.dout, row_bytes),
@@ -289,18 +298,18 @@ class BackwardWideSm90:
         pipeline.pipeline_init_wait()
 
         tile_mn = (self.tile_m, self.tile_n)
-        tile = key_tile(coordinates.q, coordinates.k, tile_mn, *scalars)
+        tile = key_tile(coordinates.q, coordinates.k, tile_mn, scalars, query_range)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
                 rows = (statistics, smem.rows)
-                load_operands(atoms, coordinates, smem.operands, producers, rows, tile)
+                load_operands(atoms, coordinates, smem.operands, producers, rows, tile, False)
         elif warp_idx < 8:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.probability_side(thread % WARPGROUP, mma, smem, consumers, tile, dq, stores)
+            self.probability_side(thread % WARPGROUP, mma, smem, consumers, tile, stores)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.gradient_side(thread % WARPGROUP, mma, smem, consumers, tile, dq, stores)
+            self.gradient_side(thread % WARPGROUP, mma, smem, consumers, tile, stores)
 
     def shared_memory(self, storage, layouts: Layouts) -> Smem:
         """The tiles and their transposed views."""
@@ -322,6 +331,8 @@ class BackwardWideSm90:
             stride=(1, 4 * WARPGROUP, 4 * WARPGROUP * pairs, 4),
         )
         rows = cute.make_layout((self.tile_m, self.stages))
+        bounds = (storage.kv_start, storage.kv_end) if const_expr(self.has_intervals) else ()
+        interval = tuple(bound.get_tensor(rows) for bound in bounds)
         return Smem(
             operands=Operands(q=q, k=k, v=tile(storage.v, layouts.v), dout=dout),
             q_t=view(q, layouts.q_t),
@@ -330,7 +341,9 @@ class BackwardWideSm90:
             ds=ds,
             ds_t=view(ds, layouts.ds_t),
             p=storage.p.get_tensor(p),
-            rows=Statistics(storage.lse_log2.get_tensor(rows), storage.dpsum.get_tensor(rows)),
+            rows=Statistics(
+                storage.lse_log2.get_tensor(rows), storage.dpsum.get_tensor(rows), interval
+            ),
         )
 
     def as_quads(self, acc: cute.Tensor) -> cute.Tensor:
@@ -348,7 +361,6 @@ class BackwardWideSm90:
         smem: Smem,
         consumers: Operands,
         tile: KeyTile,
-        dq_accum: cute.Tensor,
         stores: Stores,
     ):
         """p, dv and the first part of dq for every visited query tile; then dv."""
@@ -364,9 +376,12 @@ class BackwardWideSm90:
         scores = make_accumulator(mma.scores, tile_nm)
         dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
         dv.fill(0.0)
-        s_lse = column_statistic(smem.rows.lse_log2, scores_thread, self.tile_n)
+        s_lse, *s_interval = (
+            column_statistic(rows, scores_thread, self.tile_n)
+            for rows in (smem.rows.lse_log2, *smem.rows.interval)
+        )
         s_p = smem.p[None, None, None, thread]
-        scale_log2 = tile.softmax_scale * LOG2_E
+        scale_log2 = tile.scalars.scale_log2()
         blocks = tile.blocks
 
         if blocks.end > blocks.begin:
@@ -374,19 +389,26 @@ class BackwardWideSm90:
             q_slot = q_consumer.wait_and_advance()
             issue_gemm(mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True)
             m = blocks.begin
-            g_dq, wrap = self.dq_addresses(dq_accum, tile, thread)
+            g_dq, wrap = self.dq_addresses(stores.dq, tile, thread)
             for count, last in self.visits(tile):
                 for _ in cutlass.range(count, unroll=1):
                     lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
                     warpgroup.wait_group(0)
+                    if const_expr(self.has_softcap):
+                        cap(scores, tile.scalars)
                     if blocks.needs_mask(m):
-                        tile_mn = (self.tile_m, self.tile_n)
-                        mask_transposed(rows_and_columns(scores), coords, m, tile, tile_mn)
-                    probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                        interval = tuple(s[None, None, q_slot.index] for s in s_interval)
+                        place = (m, tile, (self.tile_m, self.tile_n))
+                        mask_transposed(rows_and_columns(scores), coords, *place, interval)
+                    if const_expr(self.has_softcap):
+                        p = capped_probabilities(scores, lse_log2, scale_log2, self.dtype)
+                    else:
+                        probabilities(rows_and_columns(scores), lse_log2, scale_log2)
                     q_slot.release()
                     self.store_quads(self.as_quads(scores), s_p)
                     cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=BOTH)
-                    p = to_16_bit(scores, self.dtype)
+                    if const_expr(not self.has_softcap):
+                        p = to_16_bit(scores, self.dtype)
                     dout_slot = dout_consumer.wait_and_advance()
                     f_b = f_dout_t[None, None, None, dout_slot.index]
                     issue_gemm(mma.dv, dv, as_a_operand(p), f_b, zero=False)
@@ -415,7 +437,6 @@ class BackwardWideSm90:
         smem: Smem,
         consumers: Operands,
         tile: KeyTile,
-        dq_accum: cute.Tensor,
         stores: Stores,
     ):
         """dS, dk and the other parts of dq for every visited query tile; then dk."""
@@ -442,7 +463,7 @@ class BackwardWideSm90:
             issue_gemm(mma.scores, dp, f_v, f_dout[None, None, None, dout_slot.index], zero=True)
             k_consumer.wait()
             m = blocks.begin
-            g_dq, wrap = self.dq_addresses(dq_accum, tile, thread)
+            g_dq, wrap = self.dq_addresses(stores.dq, tile, thread)
             for count, last in self.visits(tile):
                 for _ in cutlass.range(count, unroll=1):
                     dpsum = self.statistic(s_dpsum[None, None, dout_slot.index])
@@ -484,7 +505,7 @@ class BackwardWideSm90:
                         q_slot.release()
                     m, g_dq = self.next_visit(tile, m, g_dq, wrap)
 
-        dk.store(dk.load() * tile.softmax_scale)
+        dk.store(dk.load() * tile.scalars.softmax_scale)
         g_dk = stores.g_dk[None, None, tile.kv_head, tile.batch]
         g_dk = cute.local_tile(g_dk, (self.tile_n, self.head_dim), (tile.n_block, 0))
         self.epilogue(thread, 1, dk, mma.dk, smem.operands.k, (stores.dk, g_dk))

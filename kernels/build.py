@@ -267,7 +267,7 @@ def compile_rows(
                 yield Failure(name=rows[future].name, message=message), True
 
 
-def _write_registry(variants: Sequence[Variant], out: pathlib.Path) -> None:
+def write_registry(variants: Sequence[Variant], out: pathlib.Path) -> None:
     """The C++ registry and `kernels.json` of exactly these rows; untouched if nothing changed."""
     facts = {
         "dsl_version": importlib.metadata.version("nvidia-cutlass-dsl"),
@@ -336,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{place} {outcome}{'' if fresh else ' (up to date)'}", file=sys.stderr, flush=True
             )
     if not failures:
-        _write_registry(variants, options.out)
+        write_registry(variants, options.out)
     for failure in failures:
         print(f"\n{failure.name} did not compile:\n{failure.message}", file=sys.stderr)
     for variant in variants:

@@ -3,7 +3,7 @@
 persistent.
 
 One CTA per multiprocessor computes query tiles one after another, in the order of
-`kernels.common.scheduler`. For each it visits the key tiles that the band leaves, last to first,
+`kernels.common.scheduler`. For each it visits the key tiles that its queries see, last to first,
 keeps an online softmax, and writes out and lse. Consumer warpgroups own 64 query rows each. Inside
 a warpgroup the scores of the next key tile are computed while the current probabilities multiply v;
 between warpgroups a named-barrier ring lets one do softmax while the other feeds the tensor cores.
@@ -36,8 +36,8 @@ from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
-from fa4_jax._variants import Variant
-from kernels.common.block_range import BlockRange, visible_blocks
+from fa4_jax._variants import Feature, Variant
+from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
 from kernels.common.copy_sm90 import (
     accumulator_to_smem,
     tma_atom,
@@ -46,7 +46,14 @@ from kernels.common.copy_sm90 import (
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
-from kernels.common.mask import Coordinates, accumulator_coordinates, mask_scores
+from kernels.common.fast_math import tanh
+from kernels.common.mask import (
+    Band,
+    Coordinates,
+    Intervals,
+    accumulator_coordinates,
+    mask_scores,
+)
 from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
@@ -58,7 +65,14 @@ from kernels.common.mma_sm90 import (
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.scheduler import TileOrder, place_of, rounds_of, tile_order
-from kernels.common.softmax import LOG2_E, finish, make_online_softmax, online_softmax, rescale
+from kernels.common.softmax import (
+    LOG2_E,
+    finish,
+    make_online_softmax,
+    online_softmax,
+    rescale,
+    spoil,
+)
 
 # Named barriers; 0 is sync_threads. TURN + i is consumer warpgroup i's turn at the tensor cores.
 TURN = 1
@@ -107,17 +121,27 @@ class Mma(NamedTuple):
     out: cute.TiledMma
 
 
+class QueryIntervals(NamedTuple):
+    """Of every query, and of every `BLOCK` queries, which keys it sees."""
+
+    kv_start: cute.Tensor
+    kv_end: cute.Tensor
+    key_range: cute.Tensor
+
+
 class Problem(NamedTuple):
-    """What all tiles share: their order, and the run-time sizes and scalars."""
+    """What all tiles share: their order, the run-time sizes and scalars, and what a query sees."""
 
     order: TileOrder
     heads: cute.FastDivmodDivisorV2
     group: cute.FastDivmodDivisorV2  # query heads per key/value head
     seqlen_q: Int32
     seqlen_k: Int32
-    softmax_scale: Float32
-    band_lower: Int32
-    band_upper: Int32
+    score_scale: Float32  # from q k^T to what tanh sees, with a softcap
+    softmax_scale: Float32  # from there to the logarithm of a weight
+    sinks: cute.Tensor
+    band: Band
+    intervals: QueryIntervals | tuple[()]  # instead of the band
 
 
 class Tile(NamedTuple):
@@ -131,13 +155,15 @@ class Tile(NamedTuple):
 
 
 class ForwardSm90:
-    """Host entry and kernel of one table row; `__call__` follows `SIGNATURES[Kernel.forward]`."""
+    """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
     def __init__(self, variant: Variant):
         self.dtype = element_type(variant.dtype)
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
         self.stages = variant.tiles.stages
+        self.has_intervals = Feature.interval in variant.features
+        self.has_softcap = Feature.softcap in variant.features
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
@@ -151,17 +177,15 @@ class ForwardSm90:
     @cute.jit
     def __call__(  # noqa: PLR0913 - the C ABI is flat
         self,
-        q: cute.Tensor,
-        k: cute.Tensor,
-        v: cute.Tensor,
-        out: cute.Tensor,
-        lse: cute.Tensor,
+        stream: cuda.CUstream,
         softmax_scale: Float32,
+        softcap: Float32,
         band_lower: Int32,
         band_upper: Int32,
         num_sms: Int32,
-        stream: cuda.CUstream,
+        *buffers: cute.Tensor,
     ):
+        q, k, v, sinks, *intervals, out, lse = buffers
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
         # operand of p v.
         q, k, out = (
@@ -234,9 +258,11 @@ class ForwardSm90:
             group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
-            softmax_scale=softmax_scale,
-            band_lower=band_lower,
-            band_upper=band_upper,
+            score_scale=softmax_scale / softcap,
+            softmax_scale=softcap if const_expr(self.has_softcap) else softmax_scale,
+            sinks=sinks,
+            band=Band(band_lower, band_upper),
+            intervals=QueryIntervals(*intervals) if const_expr(self.has_intervals) else (),
         )
         self.kernel(tma, mma, layouts, lse, problem).launch(
             grid=(problem.order.ctas, 1, 1),
@@ -280,15 +306,19 @@ class ForwardSm90:
         m_block, head_of_all = place_of(problem.order, cta, round_)
         batch, head = divmod(head_of_all, problem.heads)
         first = m_block * self.tile_m
-        last = cutlass.min(first + self.tile_m, problem.seqlen_q) - 1
+        keys = (problem.seqlen_k, self.tile_n)
+        if const_expr(self.has_intervals):
+            ranges = problem.intervals.key_range[batch, None, None]
+            blocks = blocks_of_ranges(ranges, first, self.tile_m, *keys)
+        else:
+            last = cutlass.min(first + self.tile_m, problem.seqlen_q) - 1
+            blocks = visible_blocks(first, last, *problem.band, *keys)
         return Tile(
             m_block=m_block,
             head=head,
             kv_head=head // problem.group,
             batch=batch,
-            blocks=visible_blocks(
-                first, last, problem.band_lower, problem.band_upper, problem.seqlen_k, self.tile_n
-            ),
+            blocks=blocks,
         )
 
     @cute.jit
@@ -372,6 +402,7 @@ class ForwardSm90:
             acc.fill(0.0)
             acc_rows = rows_and_columns(acc)
             softmax = make_online_softmax(cute.size(acc_rows, mode=[0]))
+            seen = self.seen(coords, tile, problem)
             q_slot = q_consumer.wait_and_advance()
 
             if blocks.end > blocks.begin:
@@ -383,10 +414,12 @@ class ForwardSm90:
                 self.pass_turn(group)
                 warpgroup.wait_group(0)
                 k_slot.release()
+                self.cap(scores, problem)
                 if blocks.needs_mask(blocks.end - 1):
-                    self.mask(rows_and_columns(scores), coords, blocks.end - 1, tile, problem)
+                    self.mask(scores, coords, seen, (tile.m_block, blocks.end - 1), problem)
                 online_softmax(softmax, rows_and_columns(scores), scale_log2)
                 probabilities = to_16_bit(scores, self.dtype)
+                p_operand = as_a_operand(probabilities)
 
                 for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
                     for i in cutlass.range(end - first, unroll=1):
@@ -395,19 +428,14 @@ class ForwardSm90:
                         self.wait_turn(group)
                         issue_gemm(mma.scores, scores, q_tile, stage(f_k, k_slot), zero=True)
                         v_slot = v_consumer.wait_and_advance()
-                        issue_gemm(
-                            mma.out,
-                            acc,
-                            as_a_operand(probabilities),
-                            stage(f_v, v_slot),
-                            zero=False,
-                        )
+                        issue_gemm(mma.out, acc, p_operand, stage(f_v, v_slot), zero=False)
                         self.pass_turn(group)
                         warpgroup.wait_group(1)
                         k_slot.release()
+                        self.cap(scores, problem)
                         if const_expr(masked):
-                            n = end - 1 - i
-                            self.mask(rows_and_columns(scores), coords, n, tile, problem)
+                            place = (tile.m_block, end - 1 - i)
+                            self.mask(scores, coords, seen, place, problem)
                         online_softmax(softmax, rows_and_columns(scores), scale_log2)
                         warpgroup.wait_group(0)
                         v_slot.release()
@@ -415,17 +443,13 @@ class ForwardSm90:
                         round_into(probabilities, scores)
 
                 v_slot = v_consumer.wait_and_advance()
-                issue_gemm(
-                    mma.out,
-                    acc,
-                    as_a_operand(probabilities),
-                    stage(f_v, v_slot),
-                    zero=False,
-                )
+                issue_gemm(mma.out, acc, p_operand, stage(f_v, v_slot), zero=False)
                 warpgroup.wait_group(0)
                 v_slot.release()
 
-            finish(softmax, problem.softmax_scale)
+            finish(softmax, problem.softmax_scale, self.sink(tile, problem))
+            if const_expr(self.has_intervals):
+                spoil(softmax, seen)
             rescale(acc_rows, softmax.decay)
             first_row = tile.m_block * self.tile_m
             extent = problem.seqlen_q - first_row
@@ -437,14 +461,54 @@ class ForwardSm90:
         tma_store_wait()
 
     @cute.jit
+    def cap(self, scores: cute.Tensor, problem: Problem):
+        """scores <- tanh(score_scale * scores), with a softcap."""
+        if const_expr(self.has_softcap):
+            for i in cutlass.range_constexpr(cute.size(scores)):
+                scores[i] = tanh(scores[i] * problem.score_scale)
+
+    @cute.jit
+    def seen(self, coords: Coordinates, tile: Tile, problem: Problem) -> Band | Intervals:
+        """Which keys this thread's queries of a tile see.
+
+        Four registers for the whole tile, and they fit: loaded where they are needed, they'd make a
+        masked key tile wait, and 30 instructions longer.
+        """
+        seen = problem.band
+        if const_expr(self.has_intervals):
+            m_start = tile.m_block * self.tile_m
+            last = problem.seqlen_q - m_start - 1
+            rows = cute.size(coords.offsets, mode=[0])
+            seen = Intervals(*(cute.make_rmem_tensor(rows, Int32) for _ in range(2)))
+            for bounds, registers in zip(problem.intervals[:2], seen, strict=True):
+                bounds = cute.domain_offset((m_start,), bounds[tile.batch, None])
+                for r in cutlass.range_constexpr(rows):
+                    row = coords.row + coords.offsets[r, 0][0]
+                    registers[r] = bounds[cutlass.min(row, last)]
+        return seen
+
+    @cute.jit
     def mask(
-        self, scores: cute.Tensor, coords: Coordinates, n: Int32, tile: Tile, problem: Problem
+        self,
+        scores: cute.Tensor,
+        coords: Coordinates,
+        seen: Band | Intervals,
+        place: tuple[Int32, Int32],
+        problem: Problem,
     ):
-        """Mask what the band and seqlen_k leave out of key tile n."""
-        m_start, n_start = tile.m_block * self.tile_m, n * self.tile_n
-        shift = m_start - n_start
+        """Mask what the queries of tile place[0] don't see of key tile place[1]."""
+        m_start, n_start = place[0] * self.tile_m, place[1] * self.tile_n
         extent = (problem.seqlen_q - m_start, problem.seqlen_k - n_start)
-        mask_scores(scores, coords, problem.band_lower + shift, problem.band_upper + shift, extent)
+        seen = seen.from_tile(m_start, n_start)
+        mask_scores(rows_and_columns(scores), coords, seen, extent)
+
+    @cute.jit
+    def sink(self, tile: Tile, problem: Problem) -> Float32:
+        """The head's sink, -inf if there is none."""
+        sink = -Float32.inf
+        if problem.sinks.shape[0] > 0:
+            sink = problem.sinks[tile.batch, tile.head]
+        return sink
 
     @cute.jit
     def store_lse(

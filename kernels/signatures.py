@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from fa4_jax._variants import MAX_DIMENSION, ROW_MULTIPLE, Buffer, DType, Scalar, Variant
+from fa4_jax._variants import BLOCK, MAX_DIMENSION, ROW_MULTIPLE, Buffer, DType, Scalar, Variant
 
 # XLA aligns every buffer to at least this; the C++ checks repeat it.
 BUFFER_ALIGNMENT = 16
@@ -35,7 +35,10 @@ def stride_divisor(variant: Variant, buffer: Buffer, axis: int) -> int:
 
 
 def fake_arguments(variant: Variant) -> tuple[Any, ...]:
-    """Arguments for `cute.compile` in the order of the C ABI: buffers, scalars, stream.
+    """Arguments for `cute.compile` in the order of the C ABI: stream, scalars, buffers.
+
+    A kernel whose operands depend on the row's features takes its buffers as varargs, and the DSL
+    finds only a tensor's type without an annotation: they come last.
 
     Static dimensions and strides are ints; every other one is a run-time value of its tensor, with
     the divisibility that the layout guarantees, so that 16-byte copies and TMA are legal.
@@ -44,7 +47,12 @@ def fake_arguments(variant: Variant) -> tuple[Any, ...]:
     from cutlass import cute
     from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-    element = {DType.bf16: cutlass.BFloat16, DType.f16: cutlass.Float16, DType.f32: cutlass.Float32}
+    element = {
+        DType.bf16: cutlass.BFloat16,
+        DType.f16: cutlass.Float16,
+        DType.f32: cutlass.Float32,
+        DType.i32: cutlass.Int32,
+    }
     scalar = {"f32": cutlass.Float32(1.0), "i32": cutlass.Int32(1), "sms": cutlass.Int32(1)}
 
     def fake(buffer: Buffer) -> Any:
@@ -64,11 +72,11 @@ def fake_arguments(variant: Variant) -> tuple[Any, ...]:
         )
 
     buffers = [fake(buffer) for buffer in variant.signature.buffers]
-    return (*buffers, *(scalar[s.kind] for s in variant.signature.scalars), make_fake_stream())
+    return (make_fake_stream(), *(scalar[s.kind] for s in variant.signature.scalars), *buffers)
 
 
 _C_TYPES = {"f32": "float", "i32": "int32_t", "sms": "int32_t"}
-_FFI_DTYPES = {DType.bf16: "BF16", DType.f16: "F16", DType.f32: "F32"}
+_FFI_DTYPES = {DType.bf16: "BF16", DType.f16: "F16", DType.f32: "F32", DType.i32: "S32"}
 
 # What a scalar may be, in the terms of ffi/registry.h: every f32 is finite and > 0; an i32 lies
 # between minus one size and another.
@@ -77,14 +85,14 @@ _I32_BOUNDS = {"band_lower": "TS", "band_upper": "TS"}
 
 def expected_parameters(variant: Variant) -> list[tuple[str, int, int]]:
     """(C type, run-time sizes, run-time strides) of each parameter of the exported wrapper."""
-    parameters = []
+    parameters = [("cudaStream_t", 0, 0)]
+    parameters += [(_C_TYPES[scalar.kind], 0, 0) for scalar in variant.signature.scalars]
     for buffer in variant.signature.buffers:
         axes = range(len(buffer.dims))
         sizes = sum(letter not in variant.static_dims for letter in buffer.dims)
         strides = sum(static_stride(variant, buffer, axis) is None for axis in axes)
         parameters.append(("tensor", sizes, strides))
-    parameters += [(_C_TYPES[scalar.kind], 0, 0) for scalar in variant.signature.scalars]
-    return [*parameters, ("cudaStream_t", 0, 0)]
+    return parameters
 
 
 def header_parameters(header: str, name: str) -> list[tuple[str, int, int]]:
@@ -110,7 +118,7 @@ def check_header(variant: Variant, header: str) -> None:
     if got != expected:
         raise ValueError(
             f"the exported signature of {variant.name} doesn't match its Signature: got {got}, "
-            f"expected {expected}; does __call__ take the buffers, the scalars and the stream?"
+            f"expected {expected}; does __call__ take the stream, the scalars and the buffers?"
         )
     launch = f"_mlir_{variant.name}__mlir_ciface_launch"
     if launch not in header:
@@ -195,6 +203,11 @@ def _rules(variant: Variant) -> list[str]:
         rules.append("{DimRule::kMultipleOf, 'N', 'K'}")
     if letters >= {"R", "T"}:
         rules.append(f"{{DimRule::kRoundedUp, 'R', 'T', {ROW_MULTIPLE}}}")
+    for blocks, length in (("M", "T"), ("J", "S")):
+        if letters >= {blocks, length}:
+            rules.append(f"{{DimRule::kBlocks, '{blocks}', '{length}', {BLOCK}}}")
+    if letters >= {"Z", "B"}:
+        rules.append("{DimRule::kSameOrZero, 'Z', 'B'}")
     return rules
 
 

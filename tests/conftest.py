@@ -47,6 +47,19 @@ def small_blocks() -> Iterator[None]:
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def worst(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[float, str]]]:
+    """The largest error over what is allowed, by result: printed at the end, so that a log shows
+    it. `gpu.record` fills it."""
+    ratios: dict[str, tuple[float, str]] = {}
+    yield ratios
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter:
+        reporter.write_line("")
+        for name, (ratio, case) in sorted(ratios.items()):
+            reporter.write_line(f"{name:8} worst error / allowed {ratio:.2f} at {case}")
+
+
 @pytest.fixture
 def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has given no fallback warning and lowered nothing."""

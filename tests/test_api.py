@@ -299,15 +299,16 @@ def test_clamping_the_band_changes_no_visible_key(alignment: str) -> None:
 def test_none_falls_back_with_one_warning_that_names_the_reasons() -> None:
     q, k, v = operands(jnp.float32, head_dim=40)
     with pytest.warns(FallbackWarning) as caught:
-        flash_attention(q, k, v, softcap=5.0)
-        flash_attention(q, k, v, softcap=5.0, causal=True)
+        flash_attention(q, k, v, deterministic=True)
+        flash_attention(q, k, v, deterministic=True, causal=True)
     assert len(caught) == 1
     message = str(caught[0].message)
-    assert "dtype float32 has no kernel" in message and "softcap isn't in the kernels" in message
+    assert "dtype float32 has no kernel" in message
+    assert "deterministic=True isn't in the kernels yet" in message
     assert 'implementation="reference"' in message
     assert caught[0].filename == __file__
-    with pytest.warns(FallbackWarning, match="deterministic=True"):
-        flash_attention(q, k, v, deterministic=True)
+    with pytest.warns(FallbackWarning, match="dtype float32 has no kernel"):
+        flash_attention(q, k, v)
 
 
 @pytest.mark.usefixtures("fresh_warnings")
@@ -394,15 +395,20 @@ def test_is_supported_on_a_gpu() -> None:
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     assert is_supported(q, k, v) == (True, ())
     assert is_supported(*shapes, causal=True, window_size=(3, None), return_lse=True).ok
-    support = is_supported(*shapes, softcap=3.0, deterministic=True, implementation="reference")
-    assert not support.ok and len(support.reasons) == 2
     ids = [jax.ShapeDtypeStruct((2, length), jnp.int32) for length in (16, 24)]
-    assert is_supported(
-        *shapes, sinks=jnp.zeros(4), q_segment_ids=ids[0], kv_segment_ids=ids[1], kv_end=ids[0]
-    ).reasons == tuple(
-        f"{name} isn't in the kernels yet"
-        for name in ("kv_end", "q_segment_ids", "kv_segment_ids", "sinks")
-    )
+    everything = {
+        "softcap": 3.0,
+        "sinks": jnp.zeros(4),
+        "q_segment_ids": ids[0],
+        "kv_segment_ids": ids[1],
+        "kv_end": ids[0],
+        "key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
+    }
+    assert is_supported(*shapes, **everything).ok
+    support = is_supported(*shapes, deterministic=True, implementation="reference", **everything)
+    assert support.reasons == ("deterministic=True isn't in the kernels yet",)
+    x = jax.ShapeDtypeStruct((2, 16, 4, 64), jnp.float32)
+    assert len(is_supported(x, x, x, deterministic=True).reasons) == 2
     assert is_supported(*operands(head_dim=40)).ok
     assert "head_dim 264" in is_supported(*operands(head_dim=264)).reasons[0]
     assert is_supported(*(x[0] for x in (q, k, v))).ok
@@ -421,11 +427,17 @@ def test_explain_on_a_gpu() -> None:
         "fa4: forward_bf16_d64; gradient: backward_preprocess_bf16_d64, backward_bf16_d64, "
         "backward_postprocess_bf16_d64"
     )
-    assert explain(q, k, v, softcap=3.0) == "reference: softcap isn't in the kernels yet"
+    assert explain(q, k, v, softcap=3.0) == (
+        "fa4: forward_bf16_d64_interval_softcap; gradient: backward_preprocess_bf16_d64, "
+        "backward_bf16_d64_interval_softcap, backward_postprocess_bf16_d64"
+    )
+    assert "fa4: forward_bf16_d64_interval; " in explain(q, k, v, kv_end=jnp.ones((2, 16), int))
+    assert explain(q, k, v, sinks=q[0, 0, :, 0]) == explain(q, k, v)
     assert explain(q, k, v, implementation="reference").startswith("reference: ")
-    refusal = explain(q, k, v, softcap=3.0, implementation="fa4")
-    assert refusal.startswith("raises NotImplementedError: softcap")
-    assert explain(q, k, v, sinks=q[0, 0, :, 0]) == "reference: sinks isn't in the kernels yet"
+    refused = "deterministic=True isn't in the kernels yet"
+    assert explain(q, k, v, deterministic=True) == f"reference: {refused}"
+    refusal = explain(q, k, v, deterministic=True, implementation="fa4")
+    assert refusal == f"raises NotImplementedError: {refused}"
     assert explain(*operands(head_dim=40)) == (
         "fa4: forward_bf16_d64 (head_dim 40 zero-padded to 64); gradient: "
         "backward_preprocess_bf16_d64, backward_bf16_d64, backward_postprocess_bf16_d64 "

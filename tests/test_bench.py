@@ -156,11 +156,10 @@ def test_backward_is_the_difference_and_rounds_are_interleaved(tmp_path, monkeyp
     }
     FakeProgram.order = []
 
-    def build(timed, attend, input_sets):
-        return FakeProgram((timed, attend), list(times[timed]))
+    def build(timed, implementation, causal, input_sets):
+        return FakeProgram((timed, implementation), list(times[timed]))
 
     monkeypatch.setattr(bench, "build", build)
-    monkeypatch.setattr(bench, "attention", lambda implementation, causal: implementation)
     options = bench.parser().parse_args([*TINY.split(), "--impl", "xla,reference"])
     harness = bench.Harness(options)
     measured = {(m.timed, m.implementation): m for m in harness.run(bench.cases(options)[:1])}

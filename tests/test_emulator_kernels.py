@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulator.artifacts import artifacts
+from emulator.intervals import Intervals
 from emulator.subjects import accumulator_places
 from reference import (
     Oracle,
@@ -25,13 +26,14 @@ from reference import (
     judge,
     tensor_core_lse,
     visible,
+    visible_packed,
     xla_attention,
     xla_gradients,
 )
 
 from fa4_jax import _primitives, _variants
 from fa4_jax._spec import AttentionSpec
-from fa4_jax._variants import VARIANTS, Kernel, Variant, round_up
+from fa4_jax._variants import VARIANTS, Feature, Kernel, Variant, round_up
 
 SCHEDULES = ("late", "random:1", "random:2", "pct:3")
 
@@ -47,6 +49,10 @@ class Case:
     mask: dict = dataclasses.field(default_factory=dict)
     family: str = "normal"
     num_sms: int = 2
+    head_sinks: tuple[float, ...] | None = None
+    """Of batch entry 0; the other entries have them in another order."""
+    broken: tuple[tuple[int, int], ...] = ()
+    """(batch, row) pairs."""
 
     @property
     def band(self) -> tuple[int, int]:
@@ -66,6 +72,60 @@ class Case:
         """Which keys each query sees, by the oracle's own reading of the mask."""
         return visible(self.seqlen_q, self.seqlen_k, **self.mask)
 
+    @property
+    def sinks(self) -> np.ndarray | None:
+        """[B, N]"""
+        if self.head_sinks is None:
+            return None
+        return np.array([np.roll(self.head_sinks, b) for b in range(self.batch)], np.float32)
+
+    @property
+    def is_broken(self) -> np.ndarray:
+        """bool [B, T]"""
+        broken = np.zeros((self.batch, self.seqlen_q), bool)
+        for place in self.broken:
+            broken[place] = True
+        return broken
+
+
+@dataclasses.dataclass(frozen=True)
+class IntervalCase(Case):
+    """A case of the rows with intervals. `mask` is what stays a band."""
+
+    softcap: float = 1.0
+    """In the rows that have one."""
+    packing: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """cu_seqlens of queries and keys."""
+    lengths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Of queries and keys, for each batch entry."""
+
+    @property
+    def seen(self) -> np.ndarray:
+        sizes = self.seqlen_q, self.seqlen_k
+        if self.packing:
+            return visible_packed(*self.packing, *sizes, **BOTTOM_RIGHT)[None, None, None]
+        if self.lengths:
+            names = ("query_seq_lengths", "key_value_seq_lengths")
+            arrays = dict(zip(names, map(np.array, self.lengths), strict=True))
+            return visible(*sizes, **BOTTOM_RIGHT, **arrays)
+        start, end = self.bounds()
+        return visible(*sizes, kv_start=start, kv_end=end)
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """A block of rows that see almost everything, one of rows that see nothing, and others in
+        no order."""
+        rng = np.random.default_rng(self.seqlen_q)
+        start = rng.integers(0, self.seqlen_k, (self.batch, self.seqlen_q))
+        end = start + rng.integers(-20, self.seqlen_k, start.shape)
+        start[:, :64], end[:, :64] = start[:, :64] % 5, self.seqlen_k - end[:, :64] % 5
+        end[:, 128:192] = 0
+        return start, end
+
+    @property
+    def intervals(self) -> Intervals:
+        shape = (self.batch, self.seqlen_q, self.seqlen_k)
+        return Intervals.of(self.seen.reshape(shape), self.broken)
+
 
 BOTTOM_RIGHT = {"causal": True, "causal_alignment": "bottom_right"}
 # Lengths that are no multiple of any tile; two query or key tiles at least, where a band has an
@@ -73,7 +133,9 @@ BOTTOM_RIGHT = {"causal": True, "causal_alignment": "bottom_right"}
 CASES = {
     "full": Case(1, 130, 257, (2, 1), family="rising_row_maximum"),
     "causal_top_left": Case(1, 201, 201, (2, 1), {"causal": True}),
-    "causal_bottom_right": Case(2, 77, 200, (2, 2), BOTTOM_RIGHT, family="heavy_tailed"),
+    "causal_bottom_right": Case(
+        2, 77, 200, (2, 2), BOTTOM_RIGHT, family="heavy_tailed", head_sinks=(2.5, -np.inf)
+    ),
     "rows_without_keys": Case(1, 200, 75, (1, 1), BOTTOM_RIGHT),
     "window": Case(1, 195, 333, (3, 1), {"window_size": (40, 10)}),
     "one_query": Case(1, 1, 3, (2, 2)),
@@ -82,16 +144,47 @@ CASES = {
 # pairs, the others in a snake, some of these in pairs, too (`kernels.common.scheduler`).
 PERSISTENT_CASES = {
     "many_tiles": Case(1, 600, 300, (4, 2), BOTTOM_RIGHT),
-    "many_tiles_3_sms": Case(3, 300, 140, (3, 1), BOTTOM_RIGHT, num_sms=3),
+    "many_tiles_3_sms": Case(
+        3, 300, 140, (3, 1), BOTTOM_RIGHT, num_sms=3, head_sinks=(-np.inf, 1.5, 30.0)
+    ),
+}
+# Few, because there are 48 rows with intervals, so each combines much.
+INTERVAL_CASES = {
+    # One sequence without queries, one without keys, padding; no tile that every row sees all of.
+    "packed": IntervalCase(
+        *(1, 260, 260, (2, 1), {"window_size": (None, 10)}),
+        softcap=50.0,
+        head_sinks=(0.5, -np.inf),
+        packing=((0, 50, 50, 205, 230, 260), (0, 50, 60, 215, 215, 245)),
+    ),
+    # Whole tiles that need no mask; queries beyond a length; logits up to 20 times the cap.
+    "lengths": IntervalCase(
+        *(2, 150, 400, (1, 1)),
+        family="heavy_tailed",
+        softcap=2.0,
+        lengths=((150, 97), (390, 200)),
+    ),
+    "any_bounds": IntervalCase(
+        *(1, 200, 300, (1, 1)),
+        family="rising_row_maximum",
+        softcap=15.0,
+        head_sinks=(30.0,),
+    ),
+    "broken_row": IntervalCase(2, 70, 90, (1, 1), softcap=3.0, broken=((1, 65),)),
 }
 
 
-def rows(kernel: Kernel) -> pytest.MarkDecorator:
+def rows(kernel: Kernel, has_intervals: bool = False) -> pytest.MarkDecorator:
     """Parametrise over the rows of a kernel."""
-    found = [v for v in VARIANTS if v.kernel == kernel]
+    found = [
+        v
+        for v in VARIANTS
+        if v.kernel == kernel and (Feature.interval in v.features) == has_intervals
+    ]
     return pytest.mark.parametrize("variant", found, ids=lambda v: v.name.removeprefix("fa4_"))
 
 
+interval_cases = pytest.mark.parametrize("case", INTERVAL_CASES.values(), ids=INTERVAL_CASES.keys())
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 forward_cases = pytest.mark.parametrize(
     "case", [*CASES.values(), *PERSISTENT_CASES.values()], ids=[*CASES, *PERSISTENT_CASES]
@@ -119,7 +212,15 @@ def as64(*arrays) -> list[np.ndarray]:
 def scalars(variant: Variant, case: Case) -> dict[str, float]:
     lower, upper = case.band
     scale = float(np.float32(1 / math.sqrt(variant.head_dim)))
-    return {"softmax_scale": scale, "band_lower": lower, "band_upper": upper}
+    # 1 is what rows without a softcap are given.
+    softcap = softcap_of(variant, case) or 1.0
+    band = {"band_lower": lower, "band_upper": upper}
+    return {"softmax_scale": scale, "softcap": softcap, **band}
+
+
+def softcap_of(variant: Variant, case: Case) -> float | None:
+    has_softcap = Feature.softcap in variant.features and isinstance(case, IntervalCase)
+    return case.softcap if has_softcap else None
 
 
 def assert_same_in_every_schedule(
@@ -131,7 +232,7 @@ def assert_same_in_every_schedule(
         others = row(*arguments, schedule=schedule, **keywords)
         for index, (result, other) in enumerate(zip(results, others, strict=True)):
             if index in sums:
-                tolerance = 4e-7 * max(np.abs(result).max(initial=0), 1e-30) * 16
+                tolerance = 4e-7 * max(np.nanmax(np.abs(result)), 1e-30) * 16
                 np.testing.assert_allclose(other, result, 0, tolerance, err_msg=schedule)
             else:
                 assert result.tobytes() == other.tobytes(), f"result {index} differs in {schedule}"
@@ -140,21 +241,53 @@ def assert_same_in_every_schedule(
 @forward_cases
 @rows(Kernel.forward)
 def test_forward(emulated, variant: Variant, case: Case) -> None:
+    check_forward(emulated, variant, case)
+
+
+@interval_cases
+@rows(Kernel.forward, has_intervals=True)
+def test_forward_of_intervals(emulated, variant: Variant, case: IntervalCase) -> None:
+    check_forward(emulated, variant, case)
+
+
+def check_forward(emulated, variant: Variant, case: Case) -> None:
     q, k, v, _, _ = operands(variant, case)
     row = functools.partial(emulated(variant.name), num_sms=case.num_sms)
     values = scalars(variant, case)
-    results = row((q, k, v), values, check=True)
-    scale = values["softmax_scale"]
-    expected = Oracle(case.seen, scale).forward(*as64(q, k, v))
-    baseline = (
-        xla_attention(q, k, v, case.seen, scale)[0],
-        tensor_core_lse(q, k, case.seen, scale),
-    )
+    arguments = (q, k, v, no_sinks(case) if case.sinks is None else case.sinks)
+    arguments += interval_operands(variant, case)
+    results = row(arguments, values, check=True)
+    masked = (case.seen, values["softmax_scale"], case.sinks, softcap_of(variant, case))
+    baseline = xla_attention(q, k, v, *masked)[0], tensor_core_lse(q, k, *masked)
     verdicts = []
+    expected = forward_of(variant, case, q, k, v)
     for name, *triple in zip(("out", "lse"), results, expected, baseline, strict=True):
-        verdicts += judge(name, *triple)
+        magnitude = softcap_of(variant, case) or 0 if name == "lse" else 0
+        verdicts += judge(name, *triple, magnitude)
     assert not failures(verdicts), failures(verdicts)
-    assert_same_in_every_schedule(row, results, (q, k, v), values)
+    assert_same_in_every_schedule(row, results, arguments, values)
+
+
+def oracle_of(variant: Variant, case: Case) -> Oracle:
+    scale = scalars(variant, case)["softmax_scale"]
+    return Oracle(case.seen, scale, softcap=softcap_of(variant, case), sinks=case.sinks)
+
+
+def forward_of(variant: Variant, case: Case, q, k, v) -> tuple[np.ndarray, np.ndarray]:
+    """out and lse in float64, NaN in broken rows."""
+    out, lse = oracle_of(variant, case).forward(*as64(q, k, v))
+    out[case.is_broken] = np.nan
+    lse.swapaxes(1, 2)[case.is_broken] = np.nan
+    return out, lse
+
+
+def no_sinks(case: Case) -> np.ndarray:
+    return np.zeros((0, case.heads[0]), np.float32)
+
+
+def interval_operands(variant: Variant, case: Case) -> tuple[np.ndarray, ...]:
+    """None for a row without intervals."""
+    return case.intervals.operands(variant) if isinstance(case, IntervalCase) else ()
 
 
 def padded(x: np.ndarray, fill: float) -> np.ndarray:
@@ -163,9 +296,9 @@ def padded(x: np.ndarray, fill: float) -> np.ndarray:
     return np.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
 
 
-def residuals(q, k, v, case: Case, scale: float):
+def residuals(variant: Variant, case: Case, q, k, v):
     """out and lse as a forward pass leaves them, rounded from float64."""
-    out, lse = Oracle(case.seen, scale).forward(*as64(q, k, v))
+    out, lse = forward_of(variant, case, q, k, v)
     return jnp.asarray(out, q.dtype), lse.astype(np.float32)
 
 
@@ -173,7 +306,7 @@ def residuals(q, k, v, case: Case, scale: float):
 @rows(Kernel.backward_preprocess)
 def test_backward_preprocess(emulated, variant: Variant, case: Case) -> None:
     q, k, v, dout, dlse = operands(variant, case)
-    out, lse = residuals(q, k, v, case, scalars(variant, case)["softmax_scale"])
+    out, lse = residuals(variant, case, q, k, v)
     row = emulated(variant.name)
     results = row((out, dout, lse, dlse), {}, check=True)
     dpsum, lse_log2, dq_accum = results
@@ -193,32 +326,81 @@ def test_backward_preprocess(emulated, variant: Variant, case: Case) -> None:
 @cases
 @rows(Kernel.backward)
 def test_backward(emulated, variant: Variant, case: Case) -> None:
+    check_backward(emulated, variant, case)
+
+
+@interval_cases
+@rows(Kernel.backward, has_intervals=True)
+def test_backward_of_intervals(emulated, variant: Variant, case: IntervalCase) -> None:
+    check_backward(emulated, variant, case)
+
+
+def check_backward(emulated, variant: Variant, case: Case) -> None:
     q, k, v, dout, dlse = operands(variant, case)
     values = scalars(variant, case)
     scale = values["softmax_scale"]
-    out, lse = residuals(q, k, v, case, scale)
-    lse_log2 = padded(np.where(lse == -np.inf, np.inf, lse * np.log2(np.e)), np.inf)
-    dpsum = np.einsum("btnv,btnv->bnt", *as64(out, dout)) - dlse
-    shape = (case.batch, case.heads[0], round_up(case.seqlen_q, 128), variant.static_dims["E"])
-    workspaces = (
-        lse_log2.astype(np.float32),
-        padded(dpsum, 0).astype(np.float32),
-        np.zeros(shape, np.float32),
-    )
-    row, arguments = emulated(variant.name), (q, k, v, dout, *workspaces)
+    out, lse = residuals(variant, case, q, k, v)
+    arguments = (q, k, v, dout, *workspaces(variant, case, out, lse, dout, dlse))
+    arguments += interval_operands(variant, case)
+    row = emulated(variant.name)
     results = row(arguments, values, check=True)
     dk, dv, dq_accum = results
     dq = dq_accum[:, :, : case.seqlen_q, accumulator_places(variant)].transpose(0, 2, 1, 3)
     dq = dq * np.float32(scale)
     assert (dq_accum[:, :, case.seqlen_q :] == 0).all()
-    expected = Oracle(case.seen, scale).backward(*as64(q, k, v, dout, dlse))[:3]
-    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), case.seen, scale)
+    expected = oracle_of(variant, case).backward(*as64(q, k, v, dout, dlse))[:3]
+    expected[0][case.is_broken] = np.nan
+    for x in expected[1:]:
+        x[case.is_broken.any(1)] = np.nan
+    masked = case.seen, scale, softcap_of(variant, case)
+    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), *masked)
     verdicts = []
     got = (dq.astype(q.dtype), dk, dv)
     for name, *triple in zip(("dq", "dk", "dv"), got, expected, baseline, strict=True):
         verdicts += judge(name, *triple)
     assert not failures(verdicts), failures(verdicts)
     assert_same_in_every_schedule(row, results, arguments, values, sums=(2,))
+
+
+def workspaces(variant: Variant, case: Case, out, lse, dout, dlse) -> tuple[np.ndarray, ...]:
+    """lse_log2, dpsum and dq_accum, as backward_preprocess leaves them."""
+    lse_log2 = padded(np.where(lse == -np.inf, np.inf, lse * np.log2(np.e)), np.inf)
+    dpsum = np.einsum("btnv,btnv->bnt", *as64(out, dout)) - dlse
+    shape = (case.batch, case.heads[0], round_up(case.seqlen_q, 128), variant.static_dims["E"])
+    return (
+        lse_log2.astype(np.float32),
+        padded(dpsum, 0).astype(np.float32),
+        np.zeros(shape, np.float32),
+    )
+
+
+# What no caller of ours passes: negative, beyond every size, and where a sum or a multiple wraps.
+WILD = np.array([-(2**31), 1 - 2**31, -(2**20), -65, -1, 0, 1, 64, 2**20, 2**31 - 64, 2**31 - 1])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kernel", [Kernel.forward, Kernel.backward])
+@pytest.mark.parametrize("head_dim", sorted({v.head_dim for v in VARIANTS}))
+def test_bounds_of_any_value_touch_nothing_else(emulated, kernel, head_dim: int, seed: int) -> None:
+    """No access out of bounds and no deadlock, which the emulator raises; results mean nothing."""
+    variant = next(
+        v
+        for v in VARIANTS
+        if (v.kernel, v.head_dim, v.features) == (kernel, head_dim, (Feature.interval,))
+    )
+    case = IntervalCase(2, 130, 200, (2, 1))
+    rng = np.random.default_rng([head_dim, seed])
+    q, k, v, dout, dlse = operands(variant, case)
+    wild = [
+        np.where(rng.random(x.shape) < (0.05, 0.7)[seed], rng.choice(WILD, x.shape), x)
+        for x in case.intervals.operands(variant)
+    ]
+    arguments = (q, k, v, no_sinks(case))
+    if kernel is Kernel.backward:
+        out, lse = residuals(variant, case, q, k, v)
+        arguments = (q, k, v, dout, *workspaces(variant, case, out, lse, dout, dlse))
+    arguments += tuple(x.astype(np.int32) for x in wild)
+    emulated(variant.name)(arguments, scalars(variant, case), check=True)
 
 
 @cases
@@ -236,29 +418,54 @@ def test_backward_postprocess(emulated, variant: Variant, case: Case) -> None:
     assert_same_in_every_schedule(row, [dq], (dq_accum,), values, free={"T": case.seqlen_q})
 
 
-@pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 128), ("float16", 64)])
-def test_gradients_through_the_primitives(monkeypatch, emulated, dtype: str, head_dim: int) -> None:
+THROUGH_THE_PRIMITIVES = {
+    "bfloat16, band": ("bfloat16", 128, Case(1, 150, 190, (2, 1), {"causal": True})),
+    "float16, band": ("float16", 64, Case(1, 150, 190, (2, 1), {"causal": True})),
+    # Two batch entries; the band isn't in the intervals that the primitives are given.
+    "bfloat16, all features": (
+        "bfloat16",
+        128,
+        IntervalCase(2, 130, 170, (2, 1), {"causal": True}, head_sinks=(0.5, -np.inf), softcap=3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH_THE_PRIMITIVES)
+def test_gradients_through_the_primitives(monkeypatch, name: str) -> None:
     """What JAX lowers for CUDA, forward and the three backward launches, with the emulator behind
     it."""
-    from emulator.device import TARGET
+    from emulator.device import TARGET, device
 
     monkeypatch.setattr(_variants, "target_name", lambda kernel: TARGET)
+    dtype, head_dim, case = THROUGH_THE_PRIMITIVES[name]
+    has_features = isinstance(case, IntervalCase)
     variant = next(
         v
         for v in VARIANTS
         if (v.kernel, v.dtype.numpy_name, v.head_dim) == (Kernel.forward, dtype, head_dim)
+        and (Feature.softcap in v.features) == has_features
     )
-    case = Case(1, 150, 190, (2, 1), {"causal": True})
+    device().select(variant)
     q, k, v, dout, dlse = operands(variant, case)
-    emulated(variant.name)((q, k, v), scalars(variant, case))  # selects the architecture
-    spec = AttentionSpec(softmax_scale=1 / math.sqrt(head_dim), window_right=0)
-    out, lse = _primitives._forward_kernels(q, k, v, spec=spec)
-    gradients = _primitives._backward_kernels(q, k, v, out, lse, dout, dlse, spec=spec)
-    expected = Oracle(case.seen, spec.softmax_scale).backward(*as64(q, k, v, dout, dlse))[:3]
-    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), case.seen, spec.softmax_scale)
+    softcap, seen, extras = softcap_of(variant, case), case.seen, {}
+    if has_features:
+        start, end = case.bounds()
+        seen = seen & visible(case.seqlen_q, case.seqlen_k, **case.mask)
+        extras = {"kv_start": jnp.asarray(start), "kv_end": jnp.asarray(np.maximum(start, end))}
+        extras["sinks"] = jnp.asarray(case.sinks)
+    spec = AttentionSpec(softmax_scale=1 / math.sqrt(head_dim), window_right=0, softcap=softcap)
+    parameters = {"spec": spec, "extras": tuple(extras)}
+    given = extras.values()
+    out, lse = _primitives._forward_kernels(q, k, v, *given, **parameters)
+    residuals = q, k, v, out, lse, dout, dlse
+    gradients = _primitives._backward_kernels(*residuals, *given, **parameters)
+    oracle = Oracle(seen, spec.softmax_scale, softcap=softcap, sinks=case.sinks)
+    expected = oracle.backward(*as64(q, k, v, dout, dlse))[:3]
+    masked = seen, spec.softmax_scale, softcap
+    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), *masked)
     verdicts = []
-    for name, *triple in zip(("dq", "dk", "dv"), gradients, expected, baseline, strict=True):
-        verdicts += judge(name, *triple)
+    for result, *triple in zip(("dq", "dk", "dv"), gradients, expected, baseline, strict=True):
+        verdicts += judge(result, *triple)
     assert not failures(verdicts), failures(verdicts)
 
 

@@ -24,11 +24,12 @@ import pytest
 
 from fa4_jax import _ffi
 from fa4_jax._variants import (
+    BLOCK,
     MAX_DIMENSION,
-    SIGNATURES,
     VARIANTS,
     Buffer,
     DType,
+    Feature,
     Kernel,
     Variant,
     round_up,
@@ -40,8 +41,14 @@ OFFSET_POINTER, NULL_POINTER, RESULT_IS_OPERAND, SET_LAST_DIM = range(1, 5)
 OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_KERNEL_IMAGE = 2, 35, 209
 # Which of the two a status becomes is up to JAX and the platform.
 XLA_ERRORS = (jax.errors.JaxRuntimeError, ValueError)
-SIZES = {"B": 2, "T": 100, "S": 70, "N": 4, "K": 2, "R": round_up(100, 128)}
-SCALARS = {"softmax_scale": np.float32(0.5), "band_lower": np.int32(-3), "band_upper": np.int32(5)}
+SIZES = {"B": 2, "T": 100, "S": 70, "N": 4, "K": 2, "R": round_up(100, 128), "Z": 2}
+SIZES |= {"M": -(-100 // BLOCK), "J": -(-70 // BLOCK)}
+SCALARS = {
+    "softmax_scale": np.float32(0.5),
+    "softcap": np.float32(30),
+    "band_lower": np.int32(-3),
+    "band_upper": np.int32(5),
+}
 
 
 class Fake:
@@ -101,8 +108,9 @@ def fake() -> Fake:
     shared_fake().reset()
 
 
-def variant_of(kernel: Kernel, dtype: DType = DType.bf16, head_dim: int = 64) -> Variant:
-    return next(v for v in VARIANTS if (v.kernel, v.dtype, v.head_dim) == (kernel, dtype, head_dim))
+def variant_of(kernel: Kernel, features: tuple[Feature, ...] = (), head_dim: int = 64) -> Variant:
+    wanted = (kernel, features, DType.bf16, head_dim)
+    return next(v for v in VARIANTS if (v.kernel, v.features, v.dtype, v.head_dim) == wanted)
 
 
 def shape(variant: Variant, buffer: Buffer, sizes: dict[str, int]) -> tuple[int, ...]:
@@ -147,7 +155,7 @@ class RawCall:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_launch_passes_what_the_exported_function_expects(fake, variant):
-    """Structs, scalars and the stream, read back as the exported C signature lays them out."""
+    """The stream, scalars and structs, read back as the exported C signature lays them out."""
     seen = []
 
     @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32)
@@ -162,7 +170,7 @@ def test_launch_passes_what_the_exported_function_expects(fake, variant):
             fields = [("data", ctypes.c_void_p), ("sizes", ctypes.c_int32 * n_sizes)]
             fields += [("strides", ctypes.c_int64 * len(dynamic_strides))]
             struct = type("Tensor", (ctypes.Structure,), {"_fields_": fields})
-            tensor = struct.from_address(args[i])
+            tensor = struct.from_address(args[1 + len(variant.signature.scalars) + i])
             strides = [int(np.prod(extents[axis + 1 :])) for axis in dynamic_strides]
             tensors.append(
                 (list(tensor.sizes), [e for e, s in zip(extents, is_static, strict=True) if not s])
@@ -170,10 +178,12 @@ def test_launch_passes_what_the_exported_function_expects(fake, variant):
             tensors.append((list(tensor.strides), strides))
             tensors.append((tensor.data % 16, 0))
         scalars = {}
-        for i, scalar in enumerate(variant.signature.scalars, len(variant.signature.buffers)):
+        for i, scalar in enumerate(variant.signature.scalars, 1):
             kind = ctypes.c_float if scalar.kind == "f32" else ctypes.c_int32
             scalars[scalar.name] = kind.from_address(args[i]).value
-        stream = ctypes.c_uint64.from_address(args[num_args - 2]).value
+        stream = ctypes.c_uint64.from_address(args[0]).value
+        # After the buffers only the status that the exported function sets.
+        assert num_args == 2 + len(variant.signature.scalars) + len(variant.signature.buffers)
         seen.append((name.decode(), tensors, scalars, stream))
 
     fake.library.fa4_jax_fake_on_launch(on_launch)
@@ -313,11 +323,12 @@ def test_device_out_of_range_is_an_error(fake, ordinal):
 MALFORMED = []
 
 
-def malformed(kernel: Kernel, message: str):
+def malformed(kernel: Kernel, message: str, features: tuple[Feature, ...] = ()):
     """Register a case: a function that spoils a RawCall, or the fake, and the error it gets."""
 
     def register(spoil):
-        case = pytest.param(kernel, message, spoil, id=spoil.__name__.strip("_"))
+        variant = variant_of(kernel, features)
+        case = pytest.param(variant, message, spoil, id=spoil.__name__.strip("_"))
         MALFORMED.append(case)
         return spoil
 
@@ -330,6 +341,8 @@ F, B, PRE, POST = (
     Kernel.backward_preprocess,
     Kernel.backward_postprocess,
 )
+INTERVAL = (Feature.interval,)
+SOFTCAP = (Feature.interval, Feature.softcap)
 
 
 @malformed(F, 'attribute kernel: got "nope", expected a kernel of this build')
@@ -347,17 +360,17 @@ def kernel_is_a_number(call, fake):
     call.attributes["kernel"] = np.int32(3)
 
 
-@malformed(F, "got 3 operands, expected 7")
+@malformed(F, "got 4 operands, expected 7")
 def kernel_of_another_pass(call, fake):
     call.attributes["kernel"] = variant_of(B).key
 
 
-@malformed(F, "got 2 operands, expected 3")
+@malformed(F, "got 3 operands, expected 4")
 def operand_missing(call, fake):
     del call.operands[2]
 
 
-@malformed(F, "got 4 operands, expected 3")
+@malformed(F, "got 5 operands, expected 4")
 def operand_too_many(call, fake):
     call.operands.append(call.operands[0])
 
@@ -496,6 +509,16 @@ def scale_infinite(call, fake):
     call.attributes["softmax_scale"] = np.float32(np.inf)
 
 
+@malformed(F, "attribute softcap: got 0, expected a finite number > 0")
+def softcap_zero(call, fake):
+    call.attributes["softcap"] = np.float32(0)
+
+
+@malformed(B, "attribute softcap: got nothing, expected a float32")
+def softcap_missing(call, fake):
+    del call.attributes["softcap"]
+
+
 @malformed(F, "attribute band_lower: got another type, expected an int32")
 def band_is_int64(call, fake):
     call.attributes["band_lower"] = np.int64(0)
@@ -511,12 +534,16 @@ def band_upper_too_high(call, fake):
     call.attributes["band_upper"] = np.int32(71)
 
 
-@malformed(F, "got 5 attributes, expected 4: kernel, softmax_scale, band_lower, band_upper")
+@malformed(
+    F, "got 6 attributes, expected 5: kernel, softmax_scale, softcap, band_lower, band_upper"
+)
 def attribute_too_many(call, fake):
     call.attributes["causal"] = True
 
 
-@malformed(F, "got 5 attributes, expected 4: kernel, softmax_scale, band_lower, band_upper")
+@malformed(
+    F, "got 6 attributes, expected 5: kernel, softmax_scale, softcap, band_lower, band_upper"
+)
 def attribute_that_the_library_supplies(call, fake):
     call.attributes["num_sms"] = np.int32(1)
 
@@ -546,9 +573,125 @@ def gradient_overlaps_operand(call, fake):
     fake.mutate(RESULT_IS_OPERAND, 0, 0)
 
 
-@pytest.mark.parametrize("kernel, message, spoil", MALFORMED)
-def test_malformed_call_is_an_invalid_argument(fake, kernel, message, spoil):
-    call = RawCall(variant_of(kernel))
+@malformed(F, "sinks: got dtype BF16, expected F32")
+def sinks_of_16_bits(call, fake):
+    call.operand(3, dtype=jnp.bfloat16)
+
+
+@malformed(F, "got Z = 1, expected B = 2, or 0")
+def sinks_of_one_batch_entry(call, fake):
+    call.operand(3, shape=(1, 4))
+
+
+@malformed(F, "got Z = 3, expected B = 2, or 0", INTERVAL)
+def sinks_of_a_larger_batch(call, fake):
+    call.operand(3, shape=(3, 4))
+
+
+@malformed(F, r"sinks: got shape \[2, 2\], expected \[Z, N\] with N = 4")
+def sinks_of_the_key_heads(call, fake):
+    call.operand(3, shape=(2, 2))
+
+
+@malformed(F, r"sinks: got shape \[0, 3\], expected \[Z, N\] with N = 4")
+def no_sinks_of_other_heads(call, fake):
+    call.operand(3, shape=(0, 3))
+
+
+@malformed(F, "sinks: got rank 1", SOFTCAP)
+def sinks_without_a_batch(call, fake):
+    call.operand(3, shape=(4,))
+
+
+@malformed(F, "sinks: got data pointer .* expected a multiple of 16 that isn't null")
+def sinks_at_null(call, fake):
+    fake.mutate(NULL_POINTER, 3, 0)
+
+
+@malformed(F, "got 4 operands, expected 7", INTERVAL)
+def interval_missing(call, fake):
+    del call.operands[4:]
+
+
+@malformed(F, "got 7 operands, expected 4")
+def interval_of_a_row_without(call, fake):
+    call.operands += RawCall(variant_of(F, INTERVAL)).operands[4:]
+
+
+@malformed(F, "kv_start: got dtype S16, expected S32", INTERVAL)
+def bounds_of_16_bits(call, fake):
+    call.operand(4, dtype=np.int16)
+
+
+@malformed(F, "kv_end: got dtype U32, expected S32", SOFTCAP)
+def unsigned_bounds(call, fake):
+    call.operand(5, dtype=np.uint32)
+
+
+@malformed(B, "kv_end: got dtype F32, expected S32", INTERVAL)
+def floating_bounds(call, fake):
+    call.operand(8, dtype=np.float32)
+
+
+@malformed(F, "q: got dtype S32, expected BF16", INTERVAL)
+def integer_queries(call, fake):
+    call.operand(0, dtype=np.int32)
+
+
+@malformed(F, r"kv_end: got shape \[2, 100\], expected \[B, R\] with R = 128", INTERVAL)
+def bounds_of_different_lengths(call, fake):
+    call.operand(5, shape=(2, 100))
+
+
+@malformed(F, "got R = 100, expected 128: T = 100 rounded up to a multiple of 128", INTERVAL)
+def bounds_without_padding(call, fake):
+    call.operand(4, shape=(2, 100))
+    call.operand(5, shape=(2, 100))
+
+
+@malformed(B, r"kv_start: got shape \[1, 128\], expected \[B, R\] with B = 2", INTERVAL)
+def bounds_of_one_batch_entry(call, fake):
+    call.operand(7, shape=(1, 128))
+
+
+@malformed(F, "got M = 1, expected 2: T = 100 in blocks of 64", INTERVAL)
+def too_few_blocks_of_queries(call, fake):
+    call.operand(6, shape=(2, 1, 4))
+
+
+@malformed(F, "got M = 3, expected 2: T = 100 in blocks of 64", SOFTCAP)
+def too_many_blocks_of_queries(call, fake):
+    call.operand(6, shape=(2, 3, 4))
+
+
+@malformed(B, "got J = 1, expected 2: S = 70 in blocks of 64", SOFTCAP)
+def too_few_blocks_of_keys(call, fake):
+    call.operand(9, shape=(2, 1, 4))
+
+
+@malformed(B, "got J = 128, expected 2: S = 70 in blocks of 64", INTERVAL)
+def blocks_of_one_key(call, fake):
+    call.operand(9, shape=(2, 128, 4))
+
+
+@malformed(F, r"key_range: got shape \[2, 2, 2\], expected \[B, M, 4\]", INTERVAL)
+def ranges_of_two(call, fake):
+    call.operand(6, shape=(2, 2, 2))
+
+
+@malformed(B, r"query_range: got dimension 1 of size 0 .* expected 1 to", INTERVAL)
+def no_blocks_of_keys(call, fake):
+    call.operand(9, shape=(2, 0, 4))
+
+
+@malformed(B, "query_range: got data pointer .* expected a multiple of 16", INTERVAL)
+def ranges_misaligned(call, fake):
+    fake.mutate(OFFSET_POINTER, 9, 4)
+
+
+@pytest.mark.parametrize("variant, message, spoil", MALFORMED)
+def test_malformed_call_is_an_invalid_argument(fake, variant, message, spoil):
+    call = RawCall(variant)
     call()  # right as it stands
     launches = fake.count(LAUNCH)
     spoil(call, fake)
@@ -556,6 +699,36 @@ def test_malformed_call_is_an_invalid_argument(fake, kernel, message, spoil):
         call()
     assert "INVALID_ARGUMENT: fa4_jax: " in str(info.value)
     assert fake.count(LAUNCH) == launches, "a malformed call was launched"
+
+
+@pytest.mark.parametrize("features", [(), INTERVAL, SOFTCAP], ids="-".join)
+def test_no_sinks_are_an_operand_of_size_0_wherever_it_lies(fake, features):
+    call = RawCall(variant_of(Kernel.forward, features), {**SIZES, "Z": 0})
+    seen = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_int32)
+    def on_launch(name, args, num_args):
+        sinks = args[1 + len(SCALARS) + 1 + 3]  # the stream, scalars and num_sms, q, k, v
+        # The pointer, then the sizes.
+        seen.append(
+            (
+                ctypes.c_void_p.from_address(sinks).value,
+                *(ctypes.c_int32 * 2).from_address(sinks + 8),
+            )
+        )
+
+    fake.library.fa4_jax_fake_on_launch(on_launch)
+    call()
+    fake.mutate(NULL_POINTER, 3, 0)
+    call()
+    fake.mutate(OFFSET_POINTER, 3, 2)
+    call()
+    assert seen == [(None, 0, 4)] * 3
+    launches = fake.count(LAUNCH)
+    fake.mutate(SET_LAST_DIM, 3, 5)
+    with pytest.raises(XLA_ERRORS, match=r"sinks: got shape \[0, 5\]"):
+        call()
+    assert fake.count(LAUNCH) == launches
 
 
 def test_a_wrong_call_leaves_the_next_one_right(fake):
@@ -735,4 +908,6 @@ def test_library_loads_without_jax_and_without_a_gpu():
     library = ctypes.CDLL(str(fake_library.build()))
     major, minor = divmod(library.fa4_jax_ffi_api_version(), 1000)
     assert (major, minor) <= _ffi.jax_ffi_version()
-    assert set(SIGNATURES) == {variant.kernel for variant in VARIANTS}
+    names = library.fa4_jax_kernel_names
+    names.restype = ctypes.c_char_p
+    assert set(names().decode().split()) == {variant.name for variant in VARIANTS}

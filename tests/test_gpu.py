@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels on a GPU: values and gradients of every row against float64, malformed calls,
-transforms.
+"""The kernels on a GPU: values and gradients of every row without features against float64,
+malformed calls, transforms. `test_gpu_masks` has the others.
 
 A case is a row, a shape, a head grouping and a mask. Ours runs at the true shape, all masks of a
 shape in one program. The oracle (float64) and the baseline (XLA in 16 bits) run on the GPU at a
 padded shape with the mask as data, heads folded into four groups of four, so that 28 compilations
 serve every case. Errors stay on the GPU but for seven numbers a result.
-
-Before a case the allocator's free memory is filled with NaN, in blocks of every size: results and
-workspaces are then allocated from it, so an element that a kernel doesn't write, or a workspace
-that it reads before writing, shows. Handing NaN-filled buffers to the calls themselves isn't
-possible: results have no operands to alias.
 """
 
 from __future__ import annotations
@@ -19,7 +14,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import export_roundtrip
@@ -27,10 +22,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu import (
+    COMPILER_OPTIONS,
+    GROUP,
+    HEADS,
+    NAMES,
+    ROWS,
+    case_shapes,
+    cotangents,
+    first_row,
+    fold_keys,
+    fold_queries,
+    fold_stats,
+    key_suffix,
+    poison,
+    record,
+    skip_unless_built_for_this_gpu,
+    waves,
+)
 from reference import (
     FAMILIES,
     Oracle,
-    Verdict,
     failures,
     inputs,
     measure,
@@ -42,22 +54,24 @@ from reference import (
 
 from fa4_jax import explain, flash_attention, is_supported, register
 from fa4_jax._spec import AttentionSpec
-from fa4_jax._variants import SIGNATURES, VARIANTS, Kernel, Variant, target_name
+from fa4_jax._variants import (
+    BLOCK,
+    FEATURED,
+    Feature,
+    Kernel,
+    Variant,
+    round_up,
+    signature,
+    target_name,
+)
 
 pytestmark = pytest.mark.gpu
-
-ROWS = [v for v in VARIANTS if v.kernel is Kernel.forward]
 
 LENGTHS = [
     *[(n, n) for n in (1, 3, 113, 257, 1023, 2049)],
     *[(1, 113), (3, 257), (113, 1023), (257, 2049), (1023, 2049), (1, 2049)],
     *[(113, 1), (257, 3), (1023, 113), (2049, 257), (2049, 1023), (257, 113)],
 ]
-
-# (batch, query heads, key/value heads): four (batch, key/value head) pairs each, of at most GROUP
-# query heads.
-HEADS = {"mha": (1, 4, 4), "gqa4": (2, 8, 2), "mqa": (4, 4, 1)}
-GROUP = 4
 
 MASKS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -73,38 +87,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "diagonal_bottom_right": {"window_size": (0, 0), "causal_alignment": "bottom_right"},
 }
 
-NAMES = ("out", "lse", "dq", "dk", "dv")
 # A padded shape's lengths: few, so that few programs are compiled.
 BUCKETS = (128, 1024, 2176)
-# Autotuning would take longer than the work, and isn't what is tested.
-COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}
-
-
-def capability() -> tuple[int, int]:
-    major, minor = jax.devices("cuda")[0].compute_capability.split(".")
-    return int(major), int(minor)
-
-
-def skip_unless_built_for_this_gpu(row: Variant) -> None:
-    if row.arch.compute_capability != capability():
-        pytest.skip(f"{row.arch} isn't this GPU")
-    whole = {v.kernel for v in VARIANTS if v.arch == row.arch and v.key.endswith(key_suffix(row))}
-    assert whole == set(Kernel)
-
-
-def key_suffix(row: Variant) -> str:
-    return row.key.removeprefix(str(row.kernel))
-
-
-def poison() -> None:
-    """Fill the allocator's free blocks of every size with NaN, 1.4 GiB in all, and free them
-    again."""
-    held = [
-        jnp.full(2**power // 4, jnp.nan, jnp.float32)
-        for power in range(28, 7, -1)
-        for _ in range(2 if power > 26 else 4)
-    ]
-    jax.block_until_ready(held)
 
 
 def test_poison_reaches_what_is_allocated_next() -> None:
@@ -117,49 +101,8 @@ def test_poison_reaches_what_is_allocated_next() -> None:
     assert jnp.zeros(size, jnp.float32).unsafe_buffer_pointer() in freed
 
 
-@pytest.fixture(scope="module")
-def worst(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[float, str]]]:
-    """The largest error over what is allowed, by result: printed at the end, so that a log shows
-    it."""
-    ratios: dict[str, tuple[float, str]] = {}
-    yield ratios
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter:
-        reporter.write_line("")
-        for name, (ratio, case) in sorted(ratios.items()):
-            reporter.write_line(f"{name:8} worst error / allowed {ratio:.2f} at {case}")
-
-
-def record(worst: dict[str, tuple[float, str]], case: str, judged: list[Verdict]) -> None:
-    for verdict in judged:
-        ratio = verdict.error / verdict.allowed if verdict.allowed else math.inf
-        worst[verdict.name] = max(worst.get(verdict.name, (-1.0, "")), (ratio, case))
-
-
 def bucket(length: int) -> int:
     return next(size for size in BUCKETS if length <= size)
-
-
-def fold_keys(x: jax.Array) -> jax.Array:
-    """[B, S, K, D] -> [B K, columns, 1, D], rows beyond S zero."""
-    batch, seqlen, heads, dim = x.shape
-    x = x.transpose(0, 2, 1, 3).reshape(batch * heads, seqlen, 1, dim)
-    return jnp.pad(x, ((0, 0), (0, bucket(seqlen) - seqlen), (0, 0), (0, 0)))
-
-
-def fold_queries(x: jax.Array, num_kv: int, fill: float = 0.0) -> jax.Array:
-    """[B, T, N, D] -> [B K, rows, 4, D]: heads by group, what pads is `fill`."""
-    batch, seqlen, heads, dim = x.shape
-    group = heads // num_kv
-    x = x.reshape(batch, seqlen, num_kv, group, dim).transpose(0, 2, 1, 3, 4)
-    x = x.reshape(batch * num_kv, seqlen, group, dim)
-    widths = ((0, 0), (0, bucket(seqlen) - seqlen), (0, GROUP - group), (0, 0))
-    return jnp.pad(x, widths, constant_values=fill)
-
-
-def fold_stats(x: jax.Array, num_kv: int, fill: float = 0.0) -> jax.Array:
-    """[B, N, T] -> [B K, 4, rows]."""
-    return fold_queries(x.transpose(0, 2, 1)[..., None], num_kv, fill)[..., 0].transpose(0, 2, 1)
 
 
 def run_masks(masks: dict[str, dict], scale: float | None) -> Callable:
@@ -179,20 +122,23 @@ def run_masks(masks: dict[str, dict], scale: float | None) -> Callable:
         out, lse, dq, dk, dv = (jnp.stack(x) for x in zip(*answers, strict=True))
 
         def queries(x, fill=0.0):
-            return fold_queries(x, num_kv, fill)
+            return fold_queries(x, bucket(x.shape[1]), num_kv, fill)
 
         def stats(x, fill):
-            return fold_stats(x, num_kv, fill)
+            return fold_stats(x, bucket(x.shape[-1]), num_kv, fill)
+
+        def keys(x):
+            return fold_keys(x, bucket(x.shape[1]))
 
         return (
-            (queries(q), fold_keys(k), fold_keys(v)),
+            (queries(q), keys(k), keys(v)),
             (queries(dout), stats(dlse, 0)),
             (
                 jax.vmap(queries)(out),
                 jax.vmap(functools.partial(stats, fill=-jnp.inf))(lse),
                 jax.vmap(queries)(dq),
-                jax.vmap(fold_keys)(dk),
-                jax.vmap(fold_keys)(dv),
+                jax.vmap(keys)(dk),
+                jax.vmap(keys)(dv),
             ),
         )
 
@@ -234,21 +180,6 @@ def distinct_masks(seqlen_q: int, seqlen_k: int) -> dict[str, dict]:
         )
         by_band.setdefault(spec.band(seqlen_q, seqlen_k), name)
     return {name: MASKS[name] for name in by_band.values()}
-
-
-def case_shapes(row: Variant, lengths: tuple[int, int], heads: str) -> tuple[tuple, tuple, tuple]:
-    (seqlen_q, seqlen_k), (batch, num_q, num_kv) = lengths, HEADS[heads]
-    return (
-        (batch, seqlen_q, num_q, row.head_dim),
-        (batch, seqlen_k, num_kv, row.head_dim),
-        (batch, seqlen_k, num_kv, row.head_dim_v),
-    )
-
-
-def cotangents(rng: np.random.Generator, shapes: tuple, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    (batch, seqlen_q, num_q, _), _, (_, _, _, dim) = shapes
-    dout = jnp.asarray(rng.standard_normal((batch, seqlen_q, num_q, dim)), dtype)
-    return dout, jnp.asarray(rng.standard_normal((batch, num_q, seqlen_q)), jnp.float32)
 
 
 def check_masks(
@@ -329,20 +260,11 @@ def test_head_dims_without_a_row(head_dims: tuple[int, int], worst: dict) -> Non
     check_masks(worst, label, operands, cotangents(rng, shapes, dtype), masks)
 
 
-def first_row() -> Variant:
-    return next(v for v in ROWS if v.arch.compute_capability == capability())
-
-
 def small(seqlen_q: int = 150, seqlen_k: int = 170, lead: tuple = (), seed: int = 0) -> list:
     row = first_row()
     rng = np.random.default_rng(seed)
     shapes = case_shapes(row, (seqlen_q, seqlen_k), "gqa4")
     return [jnp.asarray(rng.standard_normal((*lead, *s)), row.dtype.numpy_name) for s in shapes]
-
-
-def waves(x: jax.Array) -> jax.Array:
-    """Weights that differ for every element, so that no sum hides a swap."""
-    return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape)
 
 
 fa4 = functools.partial(flash_attention, implementation="fa4")
@@ -493,13 +415,17 @@ def test_the_exported_step_runs_here() -> None:
 # -------------------------------------------------
 
 
-def raw(kernel: Kernel, change: Callable[[dict], None]) -> None:
-    """Call `kernel`'s target with good operands, results and attributes, after `change` of them."""
-    row = first_row()
+Target = tuple[Kernel, tuple[Feature, ...]]
+
+
+def raw(target: Target, change: Callable[[dict], None]) -> None:
+    """Call a row through its target with good operands, results and attributes, after `change` of
+    them."""
+    (kernel, features), row = target, first_row()
     register()
     dims = {"B": 2, "T": 64, "S": 96, "N": 4, "K": 2, "D": row.head_dim, "V": row.head_dim_v}
-    dims |= {"R": 128, "E": row.head_dim}
-    signature = SIGNATURES[kernel]
+    dims |= {"R": 128, "E": row.head_dim, "M": 1, "J": round_up(96, BLOCK) // BLOCK, "W": 4, "Z": 2}
+    expected = signature(kernel, features)
 
     def struct(buffer) -> jax.ShapeDtypeStruct:
         dtype = buffer.dtype.numpy_name if buffer.dtype else row.dtype.numpy_name
@@ -507,17 +433,18 @@ def raw(kernel: Kernel, change: Callable[[dict], None]) -> None:
 
     scalars = {
         "softmax_scale": np.float32(0.125),
+        "softcap": np.float32(1),
         "band_lower": np.int32(-64),
         "band_upper": np.int32(96),
     }
     call = {
         "target": target_name(kernel),
-        "operands": [struct(buffer) for buffer in signature.operands],
-        "results": [struct(buffer) for buffer in signature.results],
-        "attributes": {s.name: scalars[s.name] for s in signature.attributes},
-        "aliases": signature.aliases,
+        "operands": [struct(buffer) for buffer in expected.operands],
+        "results": [struct(buffer) for buffer in expected.results],
+        "attributes": {s.name: scalars[s.name] for s in expected.attributes},
+        "aliases": expected.aliases,
     }
-    call["attributes"]["kernel"] = f"{kernel}{key_suffix(row)}"
+    call["attributes"]["kernel"] = "_".join((kernel + key_suffix(row), *features))
     change(call)
     ffi_call = jax.ffi.ffi_call(
         call["target"], call["results"], input_output_aliases=call["aliases"]
@@ -560,10 +487,14 @@ def replace(axis: int, size: int) -> Callable:
     return lambda shape: (*shape[:axis], size, *shape[axis + 1 :])
 
 
-FORWARD, BACKWARD = Kernel.forward, Kernel.backward
-PREPROCESS, POSTPROCESS = Kernel.backward_preprocess, Kernel.backward_postprocess
+FORWARD, PREPROCESS, BACKWARD, POSTPROCESS = ((kernel, ()) for kernel in Kernel)
+INTERVAL, SOFTCAP = (Feature.interval,), (Feature.interval, Feature.softcap)
+TARGETS: tuple[Target, ...] = (
+    *(FORWARD, PREPROCESS, BACKWARD, POSTPROCESS),
+    *((kernel, features) for kernel in FEATURED for features in (INTERVAL, SOFTCAP)),
+)
 
-MALFORMED: dict[str, tuple[Kernel, Callable]] = {
+MALFORMED: dict[str, tuple[Target, Callable]] = {
     "no kernel": (FORWARD, attribute("kernel", None)),
     "kernel a number": (FORWARD, attribute("kernel", np.int32(1))),
     "kernel unknown": (FORWARD, attribute("kernel", "forward_bf16_d65")),
@@ -605,17 +536,46 @@ MALFORMED: dict[str, tuple[Kernel, Callable]] = {
     "dq beyond dq_accum": (POSTPROCESS, struct_change("results", 0, replace(1, 129))),
     "length 0": (FORWARD, struct_change("operands", 0, replace(1, 0))),
     "dq_accum not in place": (BACKWARD, lambda call: call.update(aliases={})),
+    "softcap 0": (FORWARD, attribute("softcap", np.float32(0))),
+    "no softcap": (BACKWARD, attribute("softcap", None)),
+    "sinks bfloat16": (FORWARD, struct_change("operands", 3, dtype="bfloat16")),
+    "sinks of one batch entry": (FORWARD, struct_change("operands", 3, replace(0, 1))),
+    "sinks of other heads": (FORWARD, struct_change("operands", 3, replace(1, 2))),
+    "kv_start int16": (
+        (Kernel.forward, INTERVAL),
+        struct_change("operands", 4, dtype="int16"),
+    ),
+    "kv_end without padding": (
+        (Kernel.forward, SOFTCAP),
+        struct_change("operands", 5, replace(1, 64)),
+    ),
+    "key_range too long": (
+        (Kernel.forward, INTERVAL),
+        struct_change("operands", 6, replace(1, 2)),
+    ),
+    "query_range too short": (
+        (Kernel.backward, INTERVAL),
+        struct_change("operands", 9, replace(1, 1)),
+    ),
+    "interval missing": ((Kernel.forward, INTERVAL), drop("operands")),
+    "a row with intervals, given none": (
+        FORWARD,
+        attribute("kernel", f"forward{key_suffix(ROWS[0])}_interval"),
+    ),
 }
 
 
-@pytest.mark.parametrize("kernel", Kernel)
-def test_a_well_formed_raw_call_runs(kernel: Kernel) -> None:
-    """So that the malformed ones below fail for what they change."""
-    raw(kernel, lambda call: None)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: "_".join((target[0], *target[1])))
+def test_a_well_formed_raw_call_runs(target: Target) -> None:
+    """So that the malformed ones below fail for what they change. All operands are ones."""
+    raw(target, lambda call: None)
+
+
+def test_sinks_that_are_not_given_are_an_operand_without_elements() -> None:
+    raw(FORWARD, struct_change("operands", 3, replace(0, 0)))
 
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_call_is_an_invalid_argument(case: str) -> None:
-    kernel, change = MALFORMED[case]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*fa4_jax"):
-        raw(kernel, change)
+        raw(*MALFORMED[case])

@@ -21,7 +21,7 @@ from reference import Oracle, arrays, as64, assert_close, visible
 from fa4_jax import _primitives, _variants, flash_attention, is_supported
 from fa4_jax._primitives import BACKWARD_KERNELS, _Problem
 from fa4_jax._spec import AttentionSpec
-from fa4_jax._variants import SIGNATURES, Kernel, target_name
+from fa4_jax._variants import Kernel, signature, target_name
 
 LOG2_E = math.log2(math.e)
 B, T, S, N, K = 2, 9, 12, 4, 2
@@ -31,12 +31,14 @@ def play(problem: _Problem, kernel: Kernel, spec: AttentionSpec, *operands: jax.
     """`_Problem.launch`, with the operands' shapes checked against the signature."""
     sizes = problem.sizes
     assert (sizes["D"], sizes["V"]) in _variants.built_head_dims(kernel, _variants.DType.bf16)
-    for buffer, x in zip(SIGNATURES[kernel].operands, operands, strict=True):
-        assert x.shape == tuple(sizes[letter] for letter in buffer.dims), (kernel, buffer.name)
-    shapes = [tuple(sizes[letter] for letter in b.dims) for b in SIGNATURES[kernel].results]
+    buffers = signature(kernel)
+    for buffer, x in zip(buffers.operands, operands, strict=True):
+        expected = tuple({**sizes, "Z": 0}[letter] for letter in buffer.dims)
+        assert x.shape == expected, (kernel, buffer.name)
+    shapes = [tuple(sizes[letter] for letter in b.dims) for b in buffers.results]
     results = _PLAYERS[kernel](spec, shapes, *(x.astype(jnp.float32) for x in operands))
     assert [x.shape for x in results] == shapes
-    dtypes = [problem.aval(buffer).dtype for buffer in SIGNATURES[kernel].results]
+    dtypes = [problem.aval(buffer).dtype for buffer in buffers.results]
     return [x.astype(dtype) for x, dtype in zip(results, dtypes, strict=True)]
 
 
@@ -47,7 +49,7 @@ def _logits(spec: AttentionSpec, q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.where(visible(T, S, causal=True), x, -jnp.inf)
 
 
-def _forward(spec, shapes, q, k, v):
+def _forward(spec, shapes, q, k, v, no_sinks):
     x = _logits(spec, q, k)
     out = jnp.einsum("bnts,bsnv->btnv", jax.nn.softmax(x), jnp.repeat(v, N // K, 2))
     return out, jax.nn.logsumexp(x, -1)
@@ -109,8 +111,13 @@ def test_padding_changes_no_value(monkeypatch, head_dims: tuple, row: tuple) -> 
     launched = []
 
     def launch(
-        problem: _Problem, kernel: Kernel, spec: AttentionSpec, *operands: jax.Array
+        problem: _Problem,
+        kernel: Kernel,
+        spec: AttentionSpec,
+        *operands: jax.Array,
+        features: tuple = (),
     ) -> list:
+        assert not features
         launched.append((kernel, problem.sizes["D"], problem.sizes["V"]))
         return play(problem, kernel, spec, *operands)
 
@@ -128,8 +135,9 @@ def test_padding_changes_no_value(monkeypatch, head_dims: tuple, row: tuple) -> 
     )
     (dlse,) = arrays(rng, (B, N, T))
     spec = AttentionSpec(softmax_scale=scale, window_right=0)
-    out, lse = _primitives._forward_kernels(q, k, v, spec=spec)
-    gradients = _primitives._backward_kernels(q, k, v, out, lse, dout, dlse, spec=spec)
+    out, lse = _primitives._forward_kernels(q, k, v, spec=spec, extras=())
+    residuals = (q, k, v, out, lse, dout, dlse)
+    gradients = _primitives._backward_kernels(*residuals, spec=spec, extras=())
     assert launched == [(kernel, *row) for kernel in (Kernel.forward, *BACKWARD_KERNELS)]
     oracle = Oracle(visible(T, S, causal=True), scale)
     expected = (*oracle.forward(*as64(q, k, v)), *oracle.backward(*as64(q, k, v, dout, dlse))[:3])
@@ -164,7 +172,10 @@ def test_the_lowered_program_names_the_row_and_keeps_the_scale(
         "tensor<2x12x2x100xbf16>",
     ]
     plain = lowered((128, 128))
-    assert "stablehlo.pad" not in plain and "stablehlo.slice" not in plain
+    assert "stablehlo.pad" not in plain
+    # The sinks that aren't given are made of no elements of q.
+    slices = re.findall(r"stablehlo.slice .*-> tensor<(\d+)", plain)
+    assert set(slices) == {"0"}
 
 
 def test_the_row_is_the_cheapest_that_is_large_enough(monkeypatch) -> None:

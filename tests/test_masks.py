@@ -29,7 +29,6 @@ from reference import (
     xla_gradients,
 )
 
-import fa4_jax
 from fa4_jax import _intervals, dot_product_attention, flash_attention, flash_attention_varlen
 from fa4_jax._intervals import Limits
 from fa4_jax._spec import AttentionSpec
@@ -882,13 +881,68 @@ def test_rank_3_takes_arrays_without_batch() -> None:
     assert_close(lse, expected[1][0])
 
 
-def test_none_falls_back_and_says_which_keywords(fresh_warnings) -> None:
-    rng = np.random.default_rng(24)
-    q, k, v = operands(rng, jnp.bfloat16)
-    ids = segments(rng)
-    with pytest.warns(fa4_jax.FallbackWarning) as caught:
-        out = flash_attention(q, k, v, sinks=jnp.asarray(SINKS), **ids)
-    (warning,) = caught
-    for name in ("sinks", *ids):
-        assert f"{name} isn't in the kernels yet" in str(warning.message)
-    assert np.array_equal(out, reference(q, k, v, sinks=jnp.asarray(SINKS), **ids)[0])
+KERNEL_CASES = {
+    "bounds": bounds,
+    "nothing": lambda rng: {"kv_start": np.full((B, T), S), "kv_end": np.full((B, T), S)},
+    "all": lambda rng: {"kv_start": np.zeros((B, T), int), "kv_end": np.full((B, T), S)},
+    "packed": lambda rng: {
+        "kv_start": np.repeat([[0, 10, 10, 40]], [9, 1, 12, 15], 1)[[0, 0]],
+        "kv_end": np.repeat([[10, 10, 40, 45]], [9, 1, 12, 15], 1)[[0, 0]],
+    },
+    "broken": lambda rng: {
+        name: np.where(np.arange(T) % 11 == 3, _intervals.BROKEN, x).astype(np.int32)
+        for name, x in bounds(rng).items()
+    },
+}
+
+
+@pytest.mark.parametrize("block", [4, 64])
+@pytest.mark.parametrize("band", [(-T, S), (-T, 0), (-9, 4), (3, 40)])
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_what_kernels_get_says_what_is_seen(monkeypatch, case, band, block) -> None:
+    """Rows, and what their blocks promise to a kernel that skips and doesn't mask by them."""
+    monkeypatch.setattr(_intervals, "BLOCK", block)
+    jax.clear_caches()  # compiled for another block
+    given = KERNEL_CASES[case](np.random.default_rng(31))
+    # Of scattered rows, a block's interval also has keys between theirs.
+    monotone = case in ("nothing", "all", "packed")
+    start, end = (jnp.asarray(given[name], jnp.int32) for name in ("kv_start", "kv_end"))
+    got = _intervals.for_kernels(band, start, end, S)
+    kv_start, kv_end, key_range, query_range = map(np.asarray, got)
+    i, j = np.arange(T)[:, None], np.arange(S)
+    broken = given["kv_start"] == _intervals.BROKEN
+    seen = (j >= given["kv_start"][..., None]) & (j < given["kv_end"][..., None])
+    seen = (seen & (j >= i + band[0]) & (j <= i + band[1])) | broken[..., None]
+    assert kv_start.shape == kv_end.shape == (B, 128)
+    assert ((kv_start[:, :T] == -1) == broken).all() and (kv_start[:, T:] == 0).all()
+    assert ((0 <= kv_end) & (kv_end <= S)).all() and (kv_end[:, T:] == 0).all()
+    rows = (j >= kv_start[:, :T, None]) & (j < kv_end[:, :T, None])
+    assert np.array_equal(rows, seen)
+    for b in range(B):
+        for m in range(-(-T // block)):
+            low_start, high_end, high_start, low_end = key_range[b, m]
+            visible_here = seen[b, m * block : (m + 1) * block]
+            assert not visible_here[:, (j < low_start) | (j >= high_end)].any()
+            assert visible_here[:, (j >= high_start) & (j < low_end)].all()
+            if visible_here.any():  # tight
+                assert visible_here[:, low_start].any() and visible_here[:, high_end - 1].any()
+        for n in range(-(-S // block)):
+            first, last, full_first, full_last = query_range[b, n]
+            assert all(x % block == 0 for x in query_range[b, n])
+            visible_here = seen[b, :, n * block : (n + 1) * block]
+            rows = np.arange(T)
+            assert not visible_here[(rows < first) | (rows >= last)].any()
+            assert visible_here[(rows >= full_first) & (rows < full_last)].all()
+            blocks = [visible_here[m : m + block] for m in range(0, T, block)]
+            if monotone and any(x.any() for x in blocks):
+                assert blocks[first // block].any() and blocks[last // block - 1].any()
+            if any(x.all() for x in blocks):
+                assert full_first < full_last
+    jax.clear_caches()
+
+
+def test_kernels_get_packed_segments_as_few_launches() -> None:
+    """No loop and no scan over the length: each would be dozens of launches a call."""
+    shape = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
+    text = _intervals.for_kernels.lower((-4096, 0), shape, shape, 4096).as_text()
+    assert not re.search(r"stablehlo\.(while|sort|reduce_window)", text)

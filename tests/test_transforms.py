@@ -27,7 +27,7 @@ from reference import Oracle, visible
 
 from fa4_jax import _primitives, export_disabled_checks, flash_attention
 from fa4_jax._spec import AttentionSpec
-from fa4_jax._variants import SIGNATURES, Kernel, target_name
+from fa4_jax._variants import FEATURE_SETS, FEATURED, Feature, Kernel, signature, target_name
 
 SHAPES = {"q": (2, 5, 4, 64), "k": (2, 6, 2, 64), "v": (2, 6, 2, 64)}
 attention = functools.partial(flash_attention, causal=True, return_lse=True)
@@ -142,6 +142,55 @@ def test_vmap_over_an_axis_of_size_0_or_1(mapped: tuple[str, ...], size: int) ->
         one = [x[0] if n in mapped else x for n, x in zip("qkv", arrays, strict=True)]
         assert_tree_close([x[0] for x in results], attention(*one))
         assert_tree_close([x[0] for x in grads], gradients(*one))
+
+
+def masked(arrays: dict, **kwargs) -> list:
+    """out, lse and the gradients of a call with every feature, sinks' among them."""
+
+    def call(q, k, v, sinks):
+        bounds = {name: arrays[name] for name in ("kv_start", "kv_end")}
+        return attention(q, k, v, sinks=sinks, softcap=3.0, **bounds, **kwargs)
+
+    results, vjp = jax.vjp(call, *(arrays[name] for name in ("q", "k", "v", "sinks")))
+    return [*results, *vjp(jax.tree.map(lambda x: jnp.cos(x).astype(x.dtype), results))]
+
+
+def masked_operands(mapped: tuple[str, ...]) -> dict:
+    rng = np.random.default_rng(3)
+    arrays = dict(zip("qkv", operands(lead={name: (3,) for name in mapped}), strict=True))
+    lead = {name: (3,) if name in mapped else () for name in ("kv_start", "kv_end", "sinks")}
+    arrays["kv_start"] = jnp.asarray(rng.integers(0, 3, (*lead["kv_start"], 2, 5)))
+    arrays["kv_end"] = jnp.asarray(rng.integers(2, 7, (*lead["kv_end"], 2, 5)))
+    arrays["sinks"] = jnp.asarray(rng.standard_normal((*lead["sinks"], 4)), jnp.float32)
+    return arrays
+
+
+MAPPED = [("q",), ("kv_end",), ("sinks",), ("k", "kv_start"), ("q", "k", "v", "kv_start", "kv_end")]
+
+
+@pytest.mark.parametrize("mapped", [*MAPPED, (*MAPPED[-1], "sinks")], ids="-".join)
+def test_vmap_over_bounds_and_sinks(without_library, mapped: tuple[str, ...]) -> None:
+    arrays = masked_operands(mapped)
+    in_axes = ({name: 0 if name in mapped else None for name in arrays},)
+    results = jax.vmap(masked, in_axes)(arrays)
+    for i in range(3):
+        one = {name: x[i] if name in mapped else x for name, x in arrays.items()}
+        assert_tree_close([x[i] for x in results], masked(one), f"slice {i}")
+    text = cuda_text(jax.vmap(masked, in_axes), arrays)
+    assert [count(text, kernel) for kernel in Kernel] == [1, 1, 1, 1]
+    line = next(x for x in text.splitlines() if count(x, Kernel.forward))
+    assert 'kernel = "forward_bf16_d64_interval_softcap"' in line
+    assert "tensor<6x4xf32>, tensor<6x128xi32>, tensor<6x128xi32>, tensor<6x1x4xi32>" in line
+
+
+def test_bounds_and_sinks_that_share_a_scan() -> None:
+    """Each step its own mask: one traced program, and the gradients of the sum of all steps."""
+    arrays = masked_operands(("kv_start", "kv_end", "sinks"))
+    fixed = {name: arrays.pop(name) for name in "qkv"}
+    _, stacked = jax.lax.scan(lambda _, step: (None, masked({**fixed, **step})), None, arrays)
+    for i in range(3):
+        one = masked(fixed | {name: x[i] for name, x in arrays.items()})
+        assert_tree_close([x[i] for x in stacked], one, f"step {i}")
 
 
 def test_vmap_is_one_call_with_a_larger_batch(without_library) -> None:
@@ -274,41 +323,59 @@ def test_forward_mode_and_second_derivatives_say_no() -> None:
         jax.grad(lambda q: jax.grad(loss)(q, k, v).astype(jnp.float32).sum())(q)
 
 
-def aval_types(kernel: Kernel, sizes: dict[str, int]) -> tuple[list[str], list[str]]:
-    """MLIR types of the operands and results that the table promises for `kernel`."""
-    names = {"bf16": "bf16", "f16": "f16", "f32": "f32", None: "bf16"}
+# What asks for each set of features.
+CALLS: dict[tuple[Feature, ...], dict] = {
+    (): {},
+    (Feature.interval,): {"kv_end": np.full((2, 5), 4)},
+    (Feature.interval, Feature.softcap): {"softcap": 30.0},
+}
+
+
+def sizes_of(is_with_sinks: bool) -> dict[str, int]:
+    """Of `operands`, by the letters of `_variants`."""
+    sizes = {"B": 2, "T": 5, "S": 6, "N": 4, "K": 2, "D": 64, "V": 64, "R": 128, "E": 64}
+    return sizes | {"M": 1, "J": 1, "W": 4, "Z": 2 if is_with_sinks else 0}
+
+
+def aval_types(buffers, sizes: dict[str, int]) -> list[str]:
+    """MLIR types of some operands or results, as the table promises them."""
+    names = {"bf16": "bf16", "f16": "f16", "f32": "f32", "i32": "i32", None: "bf16"}
 
     def text(buffer) -> str:
         dims = "x".join(str(sizes[letter]) for letter in buffer.dims)
         return f"tensor<{dims}x{names[buffer.dtype and str(buffer.dtype)]}>"
 
-    signature = SIGNATURES[kernel]
-    return [text(b) for b in signature.operands], [text(b) for b in signature.results]
+    return [text(buffer) for buffer in buffers]
 
 
+@pytest.mark.parametrize("sinks", [None, np.zeros(4, np.float32)], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("features", FEATURE_SETS, ids=lambda x: "-".join(("row", *x)))
 @pytest.mark.parametrize("kernel", Kernel)
-def test_the_lowered_call_is_the_signature(without_library, kernel: Kernel) -> None:
+def test_the_lowered_call_is_the_signature(without_library, kernel, features, sinks) -> None:
     """Operand and result types, row-major layouts, attributes and aliases, against the table."""
-    text = cuda_text(functools.partial(gradients, softmax_scale=0.25), *operands())
+    call = functools.partial(gradients, softmax_scale=0.25, sinks=sinks, **CALLS[features])
+    text = cuda_text(call, *operands())
     (line,) = (x for x in text.splitlines() if f"custom_call @{target_name(kernel)}(" in x)
-    sizes = {"B": 2, "T": 5, "S": 6, "N": 4, "K": 2, "D": 64, "V": 64, "R": 128, "E": 64}
+    chosen = features if kernel in FEATURED else ()
+    expected = signature(kernel, chosen)
     given, got = re.search(r": \((.*)\) -> \(?(.*?)\)?$", line).groups()
-    assert (given.split(", "), got.split(", ")) == aval_types(kernel, sizes)
+    sizes = sizes_of(sinks is not None)
+    assert given.split(", ") == aval_types(expected.operands, sizes)
+    assert got.split(", ") == aval_types(expected.results, sizes)
     attributes = re.search(r"backend_config = \{(.*?)\}", line).group(1).split(", ")
-    expected = [f'kernel = "{kernel}_bf16_d64"']
-    for scalar in SIGNATURES[kernel].attributes:
-        value = {"softmax_scale": "2.500000e-01", "band_lower": "-5", "band_upper": "0"}[
-            scalar.name
-        ]
-        expected.append(f"{scalar.name} = {value} : {scalar.kind}")
-    assert sorted(attributes) == sorted(expected)
+    softcap = "3.000000e+01" if Feature.softcap in features else "1.000000e+00"
+    values = {"softmax_scale": "2.500000e-01", "softcap": softcap}
+    values |= {"band_lower": "-5", "band_upper": "0"}
+    key = "_".join((kernel, "bf16", "d64", *chosen))
+    scalars = [f"{s.name} = {values[s.name]} : {s.kind}" for s in expected.attributes]
+    assert sorted(attributes) == sorted([f'kernel = "{key}"', *scalars])
     for name, buffers in (("operand_layouts", given), ("result_layouts", got)):
         layouts = re.search(rf"{name} = \[(.*?xindex>)\]", line).group(1)
         ranks = [x.count("x") for x in buffers.split(", ")]
         row_major = [", ".join(map(str, reversed(range(rank)))) for rank in ranks]
         assert re.findall(r"dense<\[(.*?)\]>", layouts) == row_major
     aliases = re.findall(r"output_tuple_indices = \[(\d*)\], operand_index = (\d+)", line)
-    assert {int(i): int(o or 0) for o, i in aliases} == SIGNATURES[kernel].aliases
+    assert {int(i): int(o or 0) for o, i in aliases} == expected.aliases
 
 
 @pytest.mark.parametrize(
@@ -457,7 +524,7 @@ def test_operands_must_vary_alike_when_bound_directly() -> None:
     q, k, v = operands()
     spec = AttentionSpec(softmax_scale=0.125)
     bound = jax.shard_map(
-        lambda q, k, v: _primitives.forward_p.bind(q, k, v, spec=spec),
+        lambda q, k, v: _primitives.forward_p.bind(q, k, v, spec=spec, extras=()),
         mesh=mesh,
         in_specs=(P("x"), P(), P()),
         out_specs=P("x"),

@@ -9,24 +9,27 @@ import pytest
 
 from fa4_jax import _variants
 from fa4_jax._variants import (
+    BLOCK,
+    FEATURE_SETS,
     HEAD_DIM_MULTIPLE,
     MAX_DIMENSION,
     ROW_MULTIPLE,
-    SIGNATURES,
     VARIANTS,
     Arch,
     DType,
+    Feature,
     Kernel,
-    Signature,
     Variant,
     built_head_dims,
+    kernel_key,
     round_up,
     target_name,
 )
 
 # Written down, so that a row lost or doubled by an edit of the table is seen.
-NUM_ROWS = 48
+NUM_ROWS = 96
 
+SIGNATURES = {(v.kernel, v.features): v.signature for v in VARIANTS}
 BACKWARD = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
 
 
@@ -42,7 +45,7 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_names_say_what_a_row_is(variant: Variant) -> None:
     """And are C identifiers: a name is the prefix of the exported functions."""
-    parts = (variant.kernel, variant.arch, variant.dtype, f"d{variant.head_dim}")
+    parts = (variant.kernel, variant.arch, variant.dtype, f"d{variant.head_dim}", *variant.features)
     assert all(part in variant.name for part in parts)
     assert re.fullmatch(r"fa4_[a-z0-9_]+", variant.name)
     assert variant.arch not in variant.key
@@ -53,6 +56,27 @@ def test_names_say_what_a_row_is(variant: Variant) -> None:
 def test_no_key_is_read_as_another(variant: Variant) -> None:
     same = [v for v in VARIANTS if v.arch == variant.arch and v.key == variant.key]
     assert same == [variant]
+
+
+def test_keys_of_features_and_of_head_dims_that_differ() -> None:
+    key = kernel_key(Kernel.backward, DType.f16, (192, 128), (Feature.interval, Feature.softcap))
+    assert key == "backward_f16_d192_128_interval_softcap"
+    assert kernel_key(Kernel.forward, DType.bf16, (64, 64)) == "forward_bf16_d64"
+
+
+def test_forward_and_backward_have_every_set_of_features() -> None:
+    for kernel in (Kernel.forward, Kernel.backward):
+        rows = [
+            {
+                (v.arch, v.dtype, v.head_dim, v.head_dim_v, v.tiles)
+                for v in VARIANTS
+                if (v.kernel, v.features) == (kernel, features)
+            }
+            for features in FEATURE_SETS
+        ]
+        assert all(row == rows[0] for row in rows), kernel
+    others = (Kernel.backward_preprocess, Kernel.backward_postprocess)
+    assert not any(v.features for v in VARIANTS if v.kernel in others)
 
 
 def test_every_backward_is_whole() -> None:
@@ -95,6 +119,11 @@ def test_tiles_fit_the_workspaces(variant: Variant) -> None:
     if variant.kernel in BACKWARD:
         # R and E don't know a variant's tiles, so a tile must never cross their padding.
         assert ROW_MULTIPLE % variant.tiles.tile_m == 0
+    if variant.kernel in (Kernel.forward, Kernel.backward):
+        # Blocks say what an interval tells of a tile, so a tile of queries or, in a backward, of
+        # keys has to be whole blocks.
+        assert variant.tiles.tile_m % BLOCK == 0
+        assert variant.kernel is Kernel.forward or variant.tiles.tile_n % BLOCK == 0
     assert variant.static_dims["E"] % HEAD_DIM_MULTIPLE == 0
     assert variant.static_dims["E"] >= variant.head_dim
 
@@ -105,8 +134,10 @@ def test_bounds_fit_int32() -> None:
     assert round_up(MAX_DIMENSION, ROW_MULTIPLE) < 2**31
 
 
-@pytest.mark.parametrize(("kernel", "signature"), SIGNATURES.items(), ids=lambda x: str(x))
-def test_signatures(kernel: Kernel, signature: Signature) -> None:
+@pytest.mark.parametrize("row", SIGNATURES, ids=lambda row: "-".join((row[0], *row[1])))
+def test_signatures(row: tuple[Kernel, tuple[Feature, ...]]) -> None:
+    (kernel, features), signature = row, SIGNATURES[row]
+    assert signature == _variants.signature(kernel, features)
     operands = {buffer.name: buffer for buffer in signature.operands}
     results = {buffer.name: buffer for buffer in signature.results}
     assert len(operands) == len(signature.operands) and len(results) == len(signature.results)
@@ -115,8 +146,10 @@ def test_signatures(kernel: Kernel, signature: Signature) -> None:
     assert {signature.operands[i].name for i in signature.aliases} == set(operands) & set(results)
     assert len({buffer.name for buffer in signature.buffers}) == len(signature.buffers)
     # Batching folds a mapped axis into the leading dimension of every buffer.
-    assert all(buffer.dims.startswith("B") for buffer in signature.buffers)
-    assert all(set(buffer.dims) <= set("BTSNKDVRE") for buffer in signature.buffers)
+    assert all(buffer.dims[0] in "BZ" for buffer in signature.buffers)
+    assert all(set(buffer.dims) <= set("BTSNKDVREMJWZ") for buffer in signature.buffers)
+    interval = {"kv_start", "kv_end", "key_range", "query_range"} & set(operands)
+    assert bool(interval) == (Feature.interval in features)
     assert all(scalar.kind in ("f32", "i32", "sms") for scalar in signature.scalars)
     assert str(kernel) in target_name(kernel)
 
@@ -130,7 +163,7 @@ def test_one_name_means_one_buffer_in_every_signature() -> None:
 
 def test_target_names_are_versioned_and_unique() -> None:
     names = {target_name(kernel) for kernel in Kernel}
-    assert len(names) == len(Kernel) == len(SIGNATURES)
+    assert len(names) == len(Kernel) == len({kernel for kernel, _ in SIGNATURES})
     assert all(re.fullmatch(r"fa4_jax_[a-z_]+_v\d+", name) for name in names)
 
 

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles of the other sequence a tile must visit under the band, and which of them need a
-mask.
+"""Which tiles of the other sequence a tile must visit, and which of them need a mask.
 
 The band: query i sees key j when i + lower <= j <= i + upper. Seen from a key, that is
 j - upper <= i <= j - lower: the same form with bounds (-upper, -lower). So one function serves the
 forward (a query tile visits key tiles) and the backward (a key tile visits query tiles).
+
+Intervals of the queries' own: the caller has a range of every `BLOCK` elements of either sequence,
+which again means the same in both directions.
 """
 
 from typing import NamedTuple
 
 import cutlass
 from cutlass import Int32, cute
+
+from fa4_jax._variants import BLOCK, RANGE
 
 
 class BlockRange(NamedTuple):
@@ -41,6 +45,25 @@ class BlockRange(NamedTuple):
         )
 
 
+def block_range(
+    widest: tuple[Int32, Int32], narrowest: tuple[Int32, Int32], length: Int32, tile: int
+) -> BlockRange:
+    """Tiles (of `tile` elements, of a sequence of `length`) from elements: all that is visible is
+    in `widest` [first, end), and all of `narrowest` is visible."""
+
+    def clamp(x: Int32) -> Int32:
+        return cutlass.max(0, cutlass.min(x, length))
+
+    begin = clamp(widest[0]) // tile
+    end = cute.ceil_div(clamp(widest[1]), tile)
+    return BlockRange(
+        begin=begin,
+        end=cutlass.max(begin, end),
+        full_begin=cute.ceil_div(clamp(narrowest[0]), tile),
+        full_end=clamp(narrowest[1]) // tile,
+    )
+
+
 def visible_blocks(
     first: Int32, last: Int32, lower: Int32, upper: Int32, length: Int32, tile: int
 ) -> BlockRange:
@@ -48,15 +71,26 @@ def visible_blocks(
 
     Element i of this sequence sees [i + lower, i + upper] of the other.
     """
+    widest = (first + lower, last + upper + 1)
+    return block_range(widest, (last + lower, first + upper + 1), length, tile)
 
-    def clamp(x: Int32) -> Int32:
-        return cutlass.max(0, cutlass.min(x, length))
 
-    begin = clamp(first + lower) // tile
-    end = cute.ceil_div(clamp(last + upper + 1), tile)
-    return BlockRange(
-        begin=begin,
-        end=cutlass.max(begin, end),
-        full_begin=cute.ceil_div(clamp(last + lower), tile),
-        full_end=clamp(first + upper + 1) // tile,
-    )
+def blocks_of_ranges(
+    ranges: cute.Tensor, first: Int32, elements: int, length: Int32, tile: int
+) -> BlockRange:
+    """Tiles (of `tile` elements, of a sequence of `length`) that `elements` of this sequence from
+    `first` on see, both multiples of `BLOCK`.
+
+    `ranges` is a batch's `key_range` or `query_range`, (blocks, 4). Its values are the caller's and
+    nobody has checked them: they decide what is visited, within the sequence.
+    """
+    combine = (cutlass.min, cutlass.max, cutlass.max, cutlass.min)
+    combined = None
+    for block in range(elements // BLOCK):
+        # The tile may go on after the last block, which may count twice.
+        place = cutlass.min(first // BLOCK + block, ranges.shape[0] - 1)
+        values = cute.make_rmem_tensor(RANGE, Int32)
+        cute.autovec_copy(ranges[place, None], values)
+        values = [values[i] for i in range(RANGE)]
+        combined = [f(x, y) for f, x, y in zip(combine, combined or values, values, strict=True)]
+    return block_range(combined[:2], combined[2:], length, tile)

@@ -7,6 +7,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warp
 
+from kernels.common.fast_math import not_ahead
 from kernels.common.mask import accumulator_coordinates
 from kernels.common.mma_sm90 import LANES_PER_ROW, to_16_bit
 
@@ -38,11 +39,47 @@ def accumulator_to_smem(
     cute.copy(copy, rounded, copy.get_slice(thread).partition_D(smem))
 
 
+class MatrixRows(NamedTuple):
+    """The row of 8 by 8 matrices that a thread addresses in tiles of 128-byte rows."""
+
+    address: Int32  # in shared memory, bytes
+    stage_step: int
+    column_step: int  # to the next 64 columns
+
+
+def matrix_rows(smem: cute.Tensor, layout: cute.ComposedLayout, thread: Int32) -> MatrixRows:
+    """`MatrixRows` of `smem`, whose `layout` (rows, columns, stages) is of 16-bit elements with the
+    128-byte swizzle. See `slab_pairs`: here the compiler computes four addresses for every tile,
+    long before it stores there, and spilled them (backward, d=128)."""
+    warp, lane = thread // 32, thread % 32
+    linear = layout.outer((16 * warp + lane % 16, 8 * (lane // 16), 0))
+    offset = linear ^ (((linear >> 6) & 7) << 3)
+    stage_step, column_step = (2 * layout.outer(place) for place in ((0, 0, 1), (0, 64, 0)))
+    return MatrixRows(smem.iterator.toint() + 2 * offset, stage_step, column_step)
+
+
+@cute.jit
+def store_matrices(
+    acc: cute.Tensor, to: MatrixRows, stage: Int32, first: cutlass.Constexpr, end: cutlass.Constexpr
+):
+    """Write columns [first, end), multiples of 16, of this thread's part of a 16-bit accumulator of
+    64 rows per warpgroup."""
+    packed = cute.recast_tensor(acc, Int32)
+    address = not_ahead(to.address) + stage * to.stage_step
+    for v in cutlass.range_constexpr(first // 16, end // 16):
+        offset = v // 4 * to.column_step
+        cute.arch.inline_ptx(
+            f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [{{$r0}} + {offset}], "
+            "{ {$r1}, {$r2}, {$r3}, {$r4} };",
+            read_only_args=[address ^ (32 * (v % 4)), *(packed[4 * v + i] for i in range(4))],
+        )
+
+
 class SlabPairs(NamedTuple):
     """Where a thread's pairs of an fp32 accumulator lie in a slab of 128-byte rows."""
 
     slab: cute.Tensor
-    offsets: cute.Tensor
+    offset: Int32
     row_step: int  # to the thread's second row, 8 below
     column_step: int  # to the next 32 columns
 
@@ -58,25 +95,25 @@ def slab_pairs(
     128-byte swizzle, whose elements `slab` sees flat.
 
     The swizzle permutes the eight 16-byte pieces of a 128-byte row by the row's number modulo 8. So
-    four offsets are enough, where the compiler, not seeing it, keeps 16 addresses in registers.
+    an offset and its bits that tell 8 columns from the next are enough, where the compiler, not
+    seeing it, keeps 16 addresses in registers.
     """
     thread, stage = thread_and_stage
     first = accumulator_coordinates(tiled_mma, thread, tile)
-    offsets = cute.make_rmem_tensor(4, Int32)
-    for v in range(4):
-        linear = layout.outer((first.row, first.column + 8 * v, stage))
-        offsets[v] = linear ^ (((linear >> 5) & 7) << 2)
-    return SlabPairs(slab, offsets, layout.outer((8, 0, 0)), layout.outer((0, 32, 0)))
+    linear = layout.outer((first.row, first.column, stage))
+    offset = linear ^ (((linear >> 5) & 7) << 2)
+    return SlabPairs(slab, offset, layout.outer((8, 0, 0)), layout.outer((0, 32, 0)))
 
 
 @cute.jit
 def store_pairs(acc: cute.Tensor, to: SlabPairs):
     """Write a thread's accumulator (2 rows, columns) to its place in the slab, pair by pair."""
+    first = not_ahead(to.offset)
     for r in cutlass.range_constexpr(2):
         for v in cutlass.range_constexpr(cute.size(acc, mode=[1]) // 2):
             pair = cute.make_rmem_tensor(2, Float32)
             pair[0], pair[1] = acc[r, 2 * v], acc[r, 2 * v + 1]
-            offset = cute.assume(to.offsets[v % 4], divby=2)
+            offset = cute.assume(first ^ (8 * (v % 4)), divby=2)
             offset += r * to.row_step + v // 4 * to.column_step
             cute.autovec_copy(
                 pair, cute.make_tensor(to.slab.iterator + offset, cute.make_layout(2))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic that the DSL has no name for."""
 
+import math
+
 from cutlass import BFloat16, Float32, Int32, Numeric, cute
 
 
@@ -17,6 +19,25 @@ def fma(a: Float32, b: Float32, c: Float32) -> Float32:
     )
 
 
+def not_ahead(x: Int32) -> Int32:
+    """x, of which the compiler knows nothing until here: what is computed from it in a loop isn't
+    computed before the loop, and needs no registers there."""
+    return cute.arch.inline_ptx(
+        "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x]
+    )
+
+
+def select_inside(x: Float32, i: Int32, start: Int32, end: Int32) -> Float32:
+    """x if start <= i < end, else -inf, by three instructions: LLVM selects twice."""
+    return cute.arch.inline_ptx(
+        "{ .reg .pred inside; setp.ge.s32 inside, {$r1}, {$r2}; "
+        "setp.lt.and.s32 inside, {$r1}, {$r3}, inside; "
+        "selp.f32 {$w0}, {$r0}, 0fFF800000, inside; }",
+        write_only_types=[Float32],
+        read_only_args=[x, i, start, end],
+    )
+
+
 def round_pair(low: Float32, high: Float32, dtype: type[Numeric]) -> Int32:
     """Two numbers rounded to a 16-bit `dtype`, packed; `low` has the lower half.
 
@@ -29,3 +50,12 @@ def round_pair(low: Float32, high: Float32, dtype: type[Numeric]) -> Int32:
         write_only_types=[Int32],
         read_only_args=[low, high],
     )
+
+
+def tanh(x: Float32) -> Float32:
+    """1 - 2 / (1 + exp(2 x)), within 4e-7 of the hyperbolic tangent; -1 and 1 at the infinities.
+
+    The chip's own approximation is three instructions shorter, and 5e-4 off: visible in an lse.
+    """
+    exp = cute.math.exp2(x * (2 * math.log2(math.e)), fastmath=True)
+    return fma(Float32(-2.0), cute.arch.rcp_approx(exp + 1.0), Float32(1.0))

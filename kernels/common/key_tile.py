@@ -4,18 +4,44 @@ what it visits, and the elementwise steps on transposed scores (keys by queries)
 
     p  = exp2(scale_log2 k q^T - lse_log2)
     dS = p (v dout^T - dpsum)
+
+With a softcap c and t = tanh(softmax_scale k q^T / c):
+
+    p  = exp2(c log2(e) t - lse_log2)
+    dS = p (1 - t^2) (v dout^T - dpsum)
 """
 
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
-from kernels.common.block_range import BlockRange, visible_blocks
-from kernels.common.copy_sm90 import tma_tiles
-from kernels.common.fast_math import fma
-from kernels.common.mask import Coordinates, mask_scores
+from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
+from kernels.common.copy_sm90 import MatrixRows, store_matrices, tma_tiles
+from kernels.common.fast_math import fma, round_pair, select_inside, tanh
+from kernels.common.mask import Band, Coordinates, mask_scores
+from kernels.common.mma_sm90 import rows_and_columns
+from kernels.common.softmax import LOG2_E
+
+
+class Softcap(NamedTuple):
+    """A softcap, and what leads from q k^T to the argument of tanh."""
+
+    softcap: Float32
+    score_scale: Float32
+
+
+class Scalars(NamedTuple):
+    """The run-time scalars of a row."""
+
+    softmax_scale: Float32
+    softcap: Softcap | tuple[()]
+    band: Band
+
+    def scale_log2(self) -> Float32:
+        """From scores, or from their tanh, to the binary logarithm of a probability."""
+        return (self.softcap[0] if self.softcap else self.softmax_scale) * LOG2_E
 
 
 class KeyTile(NamedTuple):
@@ -26,18 +52,18 @@ class KeyTile(NamedTuple):
     group: Int32  # query heads per key/value head
     batch: Int32
     blocks: BlockRange
-    softmax_scale: Float32
-    band_lower: Int32
-    band_upper: Int32
+    scalars: Scalars
     seqlen_q: Int32
     seqlen_k: Int32
 
 
 class Statistics(NamedTuple):
-    """Row statistics in global memory, (batch, heads, padded rows) fp32."""
+    """What is known of queries, in global memory: (batch, heads, padded rows) fp32; and which keys
+    they see, where a band doesn't say it: kv_start and kv_end, (batch, padded rows)."""
 
     lse_log2: cute.Tensor
     dpsum: cute.Tensor
+    interval: tuple[cute.Tensor, ...]
 
 
 class Operands(NamedTuple):
@@ -55,33 +81,41 @@ def key_tile(
     g_q: cute.Tensor,
     g_k: cute.Tensor,
     tile: tuple[int, int],
-    softmax_scale: Float32,
-    band_lower: Int32,
-    band_upper: Int32,
+    scalars: Scalars,
+    query_range: tuple[cute.Tensor, ...],
 ) -> KeyTile:
     """Decode this CTA's tile of `tile` (queries, keys). Key tiles of a head are neighbours, so that
-    its q and dout stay in the L2; under a causal band the first, longest ones start first."""
+    its q and dout stay in the L2; under a causal band the first, longest ones start first.
+
+    `query_range` is empty if the band says which queries see a key."""
     tile_m, tile_n = tile
     block, _, _ = cute.arch.block_idx()
     seqlen_q, _, heads, _ = g_q.shape
     seqlen_k, _, kv_heads, _ = g_k.shape
     n_blocks = cute.ceil_div(seqlen_k, tile_n)
     n_block = block % n_blocks
+    batch = block // (n_blocks * kv_heads)
     first = n_block * tile_n
-    last = cutlass.min(first + tile_n, seqlen_k) - 1
-    blocks = visible_blocks(first, last, -band_upper, -band_lower, seqlen_q, tile_m)
+    if const_expr(len(query_range) > 0):
+        ranges = query_range[0][batch, None, None]
+        blocks = blocks_of_ranges(ranges, first, tile_n, seqlen_q, tile_m)
+    else:
+        last = cutlass.min(first + tile_n, seqlen_k) - 1
+        band = scalars.band
+        blocks = visible_blocks(first, last, -band.upper, -band.lower, seqlen_q, tile_m)
     # Past seqlen_k, k is 0 and p may be inf: without a mask, dq would get inf * 0.
     if first + tile_n > seqlen_k:
         blocks = blocks._replace(full_end=Int32(0))
+    # ptxas computed them again for every head, and kept what it takes: 12 bytes of spills at d=64,
+    # and 22 to 25 instructions more per unmasked tile.
+    blocks = BlockRange(*(cute.arch.make_warp_uniform(x) for x in blocks))
     return KeyTile(
         n_block=n_block,
         kv_head=block // n_blocks % kv_heads,
         group=heads // kv_heads,
-        batch=block // (n_blocks * kv_heads),
+        batch=batch,
         blocks=blocks,
-        softmax_scale=softmax_scale,
-        band_lower=band_lower,
-        band_upper=band_upper,
+        scalars=scalars,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
     )
@@ -93,20 +127,36 @@ def _stage_shape(smem: cute.Tensor) -> tuple[int, int]:
 
 
 @cute.jit
-def load_operands(
+def _load_queries(atom: cute.CopyAtom, tiles: tuple, rows: tuple, m: Int32, slot):
+    """Query tile m of q or dout and what is known of its rows, on one barrier: (global memory,
+    shared memory) of each."""
+    gmem, smem = tiles
+    cute.copy(atom, gmem[None, m], smem[None, slot.index], tma_bar_ptr=slot.barrier)
+    for gmem, smem in rows:
+        bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), gmem.element_type)
+        with cute.arch.elect_one():
+            cute.copy(bulk, gmem[None, m], smem[None, slot.index], mbar_ptr=slot.barrier)
+
+
+@cute.jit
+def load_operands(  # noqa: PLR0913 - four operands, where they are and what guards them
     atoms: Operands,
     gmem: Operands,
     smem: Operands,
     producers: Operands,
     statistics: tuple[Statistics, Statistics],
     tile: KeyTile,
+    scores_ahead: cutlass.Constexpr,
 ):
-    """k and v once; q with lse_log2 and dout with dpsum for every visited query tile of every head.
+    """k and v once; q with lse_log2 and intervals, and dout with dpsum, for every visited query
+    tile of every head; with `scores_ahead` one q more.
 
     `statistics` are those in global memory and their (tile_m, stages) in shared memory. Called by
     one warp.
+
+    Intervals come this way because a mask that loaded its 32 pairs itself (d=64) would wait for the
+    L2 again and again: it has registers for few of them at a time.
     """
-    bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32)
     q_producer, k_producer, v_producer, dout_producer = producers
     blocks = tile.blocks
     if blocks.end > blocks.begin:
@@ -118,6 +168,8 @@ def load_operands(
         s_v, g_v = tma_tiles(atoms.v, smem.v, g_v)
         slot = k_producer.acquire_and_advance()
         cute.copy(atoms.k, g_k, s_k[None, 0], tma_bar_ptr=slot.barrier)
+        g_rows, s_rows = statistics
+        rows = s_rows.lse_log2.shape[:1]
         for h in cutlass.range(tile.group, unroll=1):
             head = tile.kv_head * tile.group + h
             g_q = gmem.q[None, None, head, tile.batch]
@@ -126,25 +178,27 @@ def load_operands(
             g_dout = cute.local_tile(g_dout, _stage_shape(smem.dout), (None, 0))
             s_q, g_q = tma_tiles(atoms.q, smem.q, g_q)
             s_dout, g_dout = tma_tiles(atoms.dout, smem.dout, g_dout)
-            g_rows, s_rows = statistics
-            rows = s_rows.lse_log2.shape[:1]
-            g_lse = cute.local_tile(g_rows.lse_log2[tile.batch, head, None], rows, (None,))
-            g_dpsum = cute.local_tile(g_rows.dpsum[tile.batch, head, None], rows, (None,))
-            s_lse, s_dpsum = s_rows
+            g_lse, g_dpsum, *g_interval = (
+                cute.local_tile(array, rows, (None,))
+                for array in (
+                    g_rows.lse_log2[tile.batch, head, None],
+                    g_rows.dpsum[tile.batch, head, None],
+                    *(bound[tile.batch, None] for bound in g_rows.interval),
+                )
+            )
+            interval = tuple(zip(g_interval, s_rows.interval, strict=True))
+            of_q = (atoms.q, (g_q, s_q), ((g_lse, s_rows.lse_log2), *interval))
+            of_dout = (atoms.dout, (g_dout, s_dout), ((g_dpsum, s_rows.dpsum),))
             for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
-                slot = q_producer.acquire_and_advance()
-                i, barrier = slot.index, slot.barrier
-                cute.copy(atoms.q, g_q[None, m], s_q[None, i], tma_bar_ptr=barrier)
-                with cute.arch.elect_one():
-                    cute.copy(bulk, g_lse[None, m], s_lse[None, i], mbar_ptr=barrier)
+                _load_queries(*of_q, m, q_producer.acquire_and_advance())
                 if (h == 0) & (m == blocks.begin):  # behind q: the first scores don't need it
                     slot = v_producer.acquire_and_advance()
                     cute.copy(atoms.v, g_v, s_v[None, 0], tma_bar_ptr=slot.barrier)
-                slot = dout_producer.acquire_and_advance()
-                i, barrier = slot.index, slot.barrier
-                cute.copy(atoms.dout, g_dout[None, m], s_dout[None, i], tma_bar_ptr=barrier)
-                with cute.arch.elect_one():
-                    cute.copy(bulk, g_dpsum[None, m], s_dpsum[None, i], mbar_ptr=barrier)
+                _load_queries(*of_dout, m, dout_producer.acquire_and_advance())
+            if const_expr(scores_ahead):
+                # The scores after the last ones are nobody's; they must read something.
+                if h == tile.group - 1:
+                    _load_queries(*of_q, blocks.begin, q_producer.acquire_and_advance())
         q_producer.tail()
         dout_producer.tail()
 
@@ -171,13 +225,56 @@ def column_statistic(rows: cute.Tensor, scores_thread, tile_n: int) -> cute.Tens
 
 @cute.jit
 def mask_transposed(
-    scores: cute.Tensor, coords: Coordinates, m: Int32, tile: KeyTile, tile_mn: tuple[int, int]
+    scores: cute.Tensor,
+    coords: Coordinates,
+    m: Int32,
+    tile: KeyTile,
+    tile_mn: tuple[int, int],
+    interval: tuple[cute.Tensor, ...],
 ):
-    """Mask what the band and the sequences' ends leave out of query tile m."""
+    """Mask what the band and the sequences' ends leave out of query tile m, or what lies outside
+    the queries' intervals, whose `column_statistic` of this tile (2, column pairs) are given."""
     m_start, n_start = m * tile_mn[0], tile.n_block * tile_mn[1]
-    shift = n_start - m_start
-    extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
-    mask_scores(scores, coords, shift - tile.band_upper, shift - tile.band_lower, extent)
+    if const_expr(len(interval) > 0):
+        for pair in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
+            mask_pair(scores, coords, n_start, interval, pair)
+    else:
+        shift = n_start - m_start
+        extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
+        band = tile.scalars.band
+        mask_scores(scores, coords, Band(shift - band.upper, shift - band.lower), extent)
+
+
+def _pair(statistic: cute.Tensor, pair: int) -> cute.Tensor:
+    """A register copy of one column pair of a `column_statistic`."""
+    copy = cute.make_rmem_tensor(2, statistic.element_type)
+    cute.autovec_copy(statistic[None, pair], copy)
+    return copy
+
+
+@cute.jit
+def mask_pair(
+    scores: cute.Tensor,
+    coords: Coordinates,
+    n_start: Int32,
+    interval: tuple[cute.Tensor, ...],
+    pair: cutlass.Constexpr,
+):
+    """scores[r, c] = -inf, in a pair of columns, unless column c's interval [start, end) has row r;
+    rows count from n_start."""
+    start, end = (_pair(bound, pair) for bound in interval)
+    for c in cutlass.range_constexpr(2):
+        for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+            i = 2 * pair + c
+            row = n_start + coords.row + coords.offsets[r, i][0]
+            scores[r, i] = select_inside(scores[r, i], row, start[c], end[c])
+
+
+@cute.jit
+def cap(scores: cute.Tensor, scalars: Scalars):
+    """scores <- t = tanh(softmax_scale * scores / softcap)."""
+    for i in cutlass.range_constexpr(cute.size(scores)):
+        scores[i] = tanh(scores[i] * scalars.softcap.score_scale)
 
 
 @cute.jit
@@ -187,9 +284,89 @@ def probabilities(scores: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float3
     The statistics are read from shared memory pair by pair: they don't fit in registers as well.
     """
     for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
-        statistic = cute.make_rmem_tensor(2, Float32)
-        cute.autovec_copy(lse_log2[None, pair], statistic)
+        statistic = _pair(lse_log2, pair)
         for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
             for c in cutlass.range_constexpr(2):
                 scaled = fma(scores[r, 2 * pair + c], scale_log2, -statistic[c])
                 scores[r, 2 * pair + c] = cute.math.exp2(scaled, fastmath=True)
+
+
+@cute.jit
+def score_gradient(p: cute.Tensor, dp: cute.Tensor, dpsum: cute.Tensor):
+    """dp <- p * (dp - dpsum), the gradient of the scaled scores."""
+    for pair in cutlass.range_constexpr(cute.size(dpsum, mode=[1])):
+        statistic = _pair(dpsum, pair)
+        for r in cutlass.range_constexpr(cute.size(p, mode=[0])):
+            for c in cutlass.range_constexpr(2):
+                i = 2 * pair + c
+                dp[r, i] = p[r, i] * (dp[r, i] - statistic[c])
+
+
+@cute.jit
+def _capped(t: Float32, scale_log2: Float32, lse_log2: Float32) -> tuple[Float32, Float32]:
+    """p = exp2(scale_log2 * t - lse_log2), and p (1 - t^2), which dS multiplies."""
+    p = cute.math.exp2(fma(t, scale_log2, -lse_log2), fastmath=True)
+    t = cute.arch.fmax(t, Float32(-1.0))  # -inf where masked; p is 0
+    return p, p * fma(-t, t, Float32(1.0))
+
+
+def _packed_pairs(acc: cute.Tensor, dtype: cutlass.Constexpr) -> tuple[cute.Tensor, cute.Tensor]:
+    """16-bit registers of an accumulator's layout, and their view as (rows, column pairs)."""
+    rounded = cute.make_rmem_tensor(acc.layout, dtype)
+    return rounded, rows_and_columns(cute.recast_tensor(rounded, Int32))
+
+
+@cute.jit
+def capped_probabilities(
+    acc: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32, dtype: cutlass.Constexpr
+) -> cute.Tensor:
+    """p of an accumulator of t, rounded to `dtype`; acc <- p (1 - t^2)."""
+    rounded, packed = _packed_pairs(acc, dtype)
+    scores = rows_and_columns(acc)
+    for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
+        statistic = _pair(lse_log2, pair)
+        for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+            p = cute.make_rmem_tensor(2, Float32)
+            for c in cutlass.range_constexpr(2):
+                i = 2 * pair + c
+                p[c], scores[r, i] = _capped(scores[r, i], scale_log2, statistic[c])
+            packed[r, pair] = round_pair(p[0], p[1], dtype)
+    return rounded
+
+
+@cute.jit
+def capped_gradients(
+    accs: tuple[cute.Tensor, cute.Tensor],
+    rows: Statistics,
+    key: tuple[Coordinates, Int32],
+    scale_log2: Float32,
+    to: tuple[MatrixRows, Int32],
+    dtype: cutlass.Constexpr,
+) -> tuple[cute.Tensor, cute.Tensor]:
+    """p and dS, rounded to `dtype`, of accumulators of t and dp; dS also to shared memory (`to`,
+    and its stage).
+
+    `rows` are `column_statistic`s of this tile, with intervals if it needs a mask; `key` is where
+    the keys are, and the tile's first one. All of p (1 - t^2) in fp32 beside p and dp spilled 984
+    bytes (d=64). So everything comes 16 columns after 16, and their stores and the barriers between
+    keep ptxas to it: 476 bytes without.
+    """
+    p_rounded, p_packed = _packed_pairs(accs[0], dtype)
+    ds_rounded, ds_packed = _packed_pairs(accs[1], dtype)
+    scores, dp = (rows_and_columns(acc) for acc in accs)
+    for pair in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
+        if const_expr(len(rows.interval) > 0):
+            mask_pair(scores, *key, rows.interval, pair)
+        lse_log2, dpsum = _pair(rows.lse_log2, pair), _pair(rows.dpsum, pair)
+        for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+            p, ds = (cute.make_rmem_tensor(2, Float32) for _ in accs)
+            for c in cutlass.range_constexpr(2):
+                i = 2 * pair + c
+                p[c], slope = _capped(scores[r, i], scale_log2, lse_log2[c])
+                ds[c] = slope * (dp[r, i] - dpsum[c])
+            p_packed[r, pair] = round_pair(p[0], p[1], dtype)
+            ds_packed[r, pair] = round_pair(ds[0], ds[1], dtype)
+        if const_expr(pair % 2 == 1):
+            store_matrices(ds_rounded, *to, 8 * (pair - 1), 8 * (pair + 1))
+            cute.arch.sync_warp()
+    return p_rounded, ds_rounded

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The band inside one tile of an accumulator."""
+"""What rows see inside one tile of an accumulator."""
 
 from typing import NamedTuple
 
@@ -36,6 +36,36 @@ def accumulator_coordinates(
     return Coordinates(*mine[0, 0], first)
 
 
+class Band(NamedTuple):
+    """Row i sees columns [i + lower, i + upper]."""
+
+    lower: Int32
+    upper: Int32
+
+    def from_tile(self, row: Int32, column: Int32) -> "Band":
+        """The same, counted from (row, column)."""
+        return Band(self.lower + (row - column), self.upper + (row - column))
+
+    def interval(self, r: int, row: Int32) -> tuple[Int32, Int32]:
+        """The columns [first, end) that a row, this thread's row r, sees."""
+        return row + self.lower, row + self.upper + 1
+
+
+class Intervals(NamedTuple):
+    """This thread's row r sees columns [first[r], end[r]); first[r] < 0 says that it is broken."""
+
+    first: cute.Tensor | list[Int32]
+    end: cute.Tensor | list[Int32]
+
+    def from_tile(self, row: Int32, column: Int32) -> "Intervals":
+        """The same, counted from (row, column)."""
+        return Intervals(*([x[r] - column for r in range(cute.size(x))] for x in self))
+
+    def interval(self, r: int, row: Int32) -> tuple[Int32, Int32]:
+        """The columns [first, end) that a row, this thread's row r, sees."""
+        return self.first[r], self.end[r]
+
+
 def from_element(column: Int32) -> Uint32:
     """One bit per element of a row of an accumulator, for 32 elements or 128 columns: set from the
     first element on whose column isn't below `column`. Both count from this thread's first.
@@ -54,13 +84,12 @@ def from_element(column: Int32) -> Uint32:
 def mask_scores(
     scores: cute.Tensor,
     coordinates: Coordinates,
-    lower: Int32,
-    upper: Int32,
+    seen: Band | Intervals,
     extent: tuple[Int32, Int32],
 ):
-    """scores[r, c] = -inf unless row + lower <= column <= row + upper and (row, column) < extent.
+    """scores[r, c] = -inf unless the row sees the column and (row, column) < extent.
 
-    `scores` is (rows, columns); the bounds and the extent are relative to the tile.
+    `scores` is (rows, columns); `seen` and the extent are relative to the tile.
 
     A row's interval becomes one bit per element, which R2P turns into predicates, 7 at a time: two
     comparisons an element were 263 of a masked tile's 725 to 770 instructions (forward, 128
@@ -68,8 +97,8 @@ def mask_scores(
     """
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         row = coordinates.row + coordinates.offsets[r, 0][0]
-        first = row + lower
-        end = cutlass.min(row + upper + 1, extent[1]) if row < extent[0] else first
+        first, end = seen.interval(r, row)
+        end = cutlass.min(end, extent[1]) if row < extent[0] else first
         first, end = first - coordinates.column, end - coordinates.column
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             assert coordinates.offsets[r, c][1] == 8 * (c // 2) + c % 2

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cutlass
 from cutlass import Float32, cute
 
+from kernels.common.mask import Intervals
 from kernels.common.mma_sm90 import LANES_PER_ROW
 
 LOG2_E = math.log2(math.e)
@@ -76,17 +77,29 @@ def rescale(acc: cute.Tensor, factors: cute.Tensor):
 
 
 @cute.jit
-def finish(state: OnlineSoftmax, softmax_scale: Float32):
-    """Turn the state into results: decay <- 1 / sum (0 for a row that saw no key), row_max <- LSE.
+def finish(state: OnlineSoftmax, scale: Float32, sink: Float32):
+    """Turn the state into results: decay <- 1 / sum (0 for a row that saw nothing), row_max <- LSE.
 
-    The LSE is the natural logarithm of the sum of exp(softmax_scale * score), -inf for an empty
+    The LSE is the natural logarithm of exp(sink) + the sum of exp(scale * score), -inf for an empty
     row.
     """
     for r in cutlass.range_constexpr(cute.size(state.row_sum)):
         total = cute.arch.warp_reduction(
             state.row_sum[r], lambda a, b: a + b, threads_in_group=LANES_PER_ROW
         )
-        state.decay[r] = Float32(0.0) if total == 0.0 else cute.arch.rcp_approx(total)
-        state.row_max[r] = (
-            state.row_max[r] * softmax_scale + cute.math.log2(total, fastmath=True) * LN_2
-        )
+        weight, highest = Float32(1.0), state.row_max[r] * scale
+        if sink > -Float32.inf:
+            # A sink may be far above all scores, or alone.
+            keys, highest = highest, cute.arch.fmax(highest, sink)
+            weight = cute.math.exp2((keys - highest) * LOG2_E, fastmath=True)
+            total = total * weight + cute.math.exp2((sink - highest) * LOG2_E, fastmath=True)
+        state.decay[r] = Float32(0.0) if total == 0.0 else weight * cute.arch.rcp_approx(total)
+        state.row_max[r] = highest + cute.math.log2(total, fastmath=True) * LN_2
+
+
+@cute.jit
+def spoil(state: OnlineSoftmax, seen: Intervals):
+    """NaN for the results of broken rows."""
+    for r in cutlass.range_constexpr(cute.size(seen.first)):
+        if seen.first[r] < 0:
+            state.decay[r] = state.row_max[r] = Float32.nan

@@ -4,10 +4,10 @@
     python -m tests.emulator.agreement write PATH     anywhere: emulate, keep the results
     python -m tests.emulator.agreement check PATH     on a GPU: run the kernels, compare
 
-A training step's four launches for every dtype and head dim of sm_90a, so that the backward's
-inputs carry whatever the forward's differences were. The two may differ where the hardware's exp2,
-log2 and reciprocal are approximate and where its MMA adds in another order; both show as the last
-bit of a few results.
+A training step's four launches for every dtype, head dim and set of features of sm_90a, so that the
+backward's inputs carry whatever the forward's differences were. The two may differ where the
+hardware's exp2, log2 and reciprocal are approximate and where its MMA adds in another order; both
+show as the last bit of a few results.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from fa4_jax._variants import VARIANTS, Arch, Kernel, Variant, kernel_key
+from fa4_jax._variants import FEATURED, VARIANTS, Arch, Feature, Kernel, Variant, kernel_key
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from reference import inputs  # noqa: E402
+from reference import inputs, visible  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +41,32 @@ class Case:
     seed: int = 0
     sharpness: float = 1.0
     """softmax_scale times sqrt(H)."""
+    segments: tuple[int, ...] = ()
+    """Lengths. With them, sinks; and in the rows that have one, a softcap of 5."""
 
     def __str__(self) -> str:
         family = "" if self.family == "normal" else f"-{self.family}"
-        return f"{self.length}-{'causal' if self.causal else 'full'}{family}"
+        segments = "-segments" if self.segments else ""
+        return f"{self.length}-{'causal' if self.causal else 'full'}{family}{segments}"
+
+    @property
+    def segment_ids(self) -> np.ndarray | None:
+        """[B, T]"""
+        if not self.segments:
+            return None
+        ids = np.repeat(np.arange(len(self.segments), dtype=np.int32), self.segments)
+        return np.tile(ids, (self.batch, 1))
+
+    @property
+    def sinks(self) -> np.ndarray | None:
+        """[N]"""
+        return np.linspace(-1, 3, self.heads, dtype=np.float32) if self.segments else None
+
+    @property
+    def seen(self) -> np.ndarray:
+        """bool [B, T, T]"""
+        ids = {"q_segment_ids": self.segment_ids, "kv_segment_ids": self.segment_ids}
+        return visible(self.length, self.length, causal=self.causal, **ids)[:, 0, 0]
 
     def softmax_scale(self, variant: Variant) -> float:
         return self.sharpness / math.sqrt(variant.head_dim)
@@ -70,6 +92,8 @@ CASES = {
     192: (Case(1, 290, 2, 1, False),),
     256: (Case(1, 350, 2, 1, True),),
 }
+# Of every row with features.
+PACKED = (Case(1, 330, 2, 1, True, seed=3, segments=(70, 190, 1, 69)),)
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 # What must agree: the share of equal bits, of at most one unit in the last place, the relative
 # Frobenius distance; and for lse the largest difference.
@@ -80,7 +104,7 @@ def cases() -> Iterator[tuple[str, Variant, Case]]:
     """(name, forward row, case)."""
     for variant in VARIANTS:
         if variant.kernel is Kernel.forward and variant.arch is Arch.sm90a:
-            for case in CASES.get(variant.head_dim, ()):
+            for case in PACKED if variant.features else CASES.get(variant.head_dim, ()):
                 yield f"{variant.key.removeprefix('forward_')}-{case}", variant, case
 
 
@@ -97,25 +121,38 @@ def operands(variant: Variant, case: Case) -> list[jnp.ndarray]:
     return [q, k, v, dout, jnp.asarray(dlse)]
 
 
+def softcap(variant: Variant) -> float | None:
+    return 5.0 if Feature.softcap in variant.features else None
+
+
 def emulate(variant: Variant, case: Case) -> list[np.ndarray]:
     """The four launches, emulated."""
     from .device import device
+    from .intervals import Intervals
 
     rows = {row.key: row for row in VARIANTS if row.arch is variant.arch}
     length = case.length
     q, k, v, dout, dlse = operands(variant, case)
     scalars = {
         "softmax_scale": case.softmax_scale(variant),
+        "softcap": softcap(variant) or 1.0,
         "band_lower": -length,
         "band_upper": 0 if case.causal else length,
     }
 
+    intervals = Intervals.of(case.seen) if variant.features else None
+
     def run(kernel: Kernel, *arrays, **keywords) -> list[np.ndarray]:
-        row = rows[kernel_key(kernel, variant.dtype, variant.head_dim, variant.head_dim_v)]
+        features = variant.features if kernel in FEATURED else ()
+        key = kernel_key(kernel, variant.dtype, (variant.head_dim, variant.head_dim_v), features)
+        row = rows[key]
         values = {s.name: scalars[s.name] for s in row.signature.attributes}
+        arrays += intervals.operands(row) if intervals else ()
         return device().run(row, arrays, values, **keywords)
 
-    out, lse = run(Kernel.forward, q, k, v)
+    no_sinks = np.zeros((0, case.heads), np.float32)
+    sinks = no_sinks if case.sinks is None else np.tile(case.sinks, (case.batch, 1))
+    out, lse = run(Kernel.forward, q, k, v, sinks)
     dpsum, lse_log2, dq_accum = run(Kernel.backward_preprocess, out, dout, lse, dlse)
     dk, dv, dq_accum = run(Kernel.backward, q, k, v, dout, lse_log2, dpsum, dq_accum)
     (dq,) = run(Kernel.backward_postprocess, dq_accum, free={"T": length})
@@ -135,6 +172,10 @@ def on_gpu(variant: Variant, case: Case) -> list[np.ndarray]:
             *(q, k, v),
             softmax_scale=case.softmax_scale(variant),
             causal=case.causal,
+            q_segment_ids=case.segment_ids,
+            kv_segment_ids=case.segment_ids,
+            softcap=softcap(variant),
+            sinks=case.sinks,
             return_lse=True,
             implementation="fa4",
         )

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fa4_jax._variants import SIGNATURES, VARIANTS, Variant
+from fa4_jax._variants import QKV, VARIANTS, Variant
 
 ROUNDS, ROUND_SECONDS = 9, 0.03
 
@@ -64,7 +64,8 @@ def launch_of(variant: Variant, text: str, causal: bool) -> Callable[[], object]
     from fa4_jax._spec import AttentionSpec
 
     sizes = {key: int(value) for key, _, value in (x.partition("=") for x in text.split(","))}
-    sizes |= {"R": sizes["T"], **variant.static_dims}  # every T here is a multiple of 128
+    # Every T here is a multiple of 128; there are no sinks.
+    sizes |= {"R": sizes["T"], "Z": 0, **variant.static_dims}
     rng = np.random.default_rng(0)
 
     def random(buffer) -> jax.Array:
@@ -76,8 +77,7 @@ def launch_of(variant: Variant, text: str, causal: bool) -> Callable[[], object]
     if variant.signature.aliases:  # The log-sum-exp and the accumulator, as a forward leaves them.
         operands[4] += 12
     by_name = dict(zip((b.name for b in variant.signature.operands), operands, strict=True))
-    forward = SIGNATURES[next(iter(SIGNATURES))].operands
-    like = [by_name[b.name] if b.name in by_name else random(b) for b in forward]
+    like = [by_name[b.name] if b.name in by_name else random(b) for b in QKV]
     problem = _primitives._Problem.of(*map(jax.typeof, like))
     spec = AttentionSpec(softmax_scale=0.05, window_right=0 if causal else None)
     in_place = tuple(variant.signature.aliases)

@@ -20,13 +20,14 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from fa4_jax._variants import HEAD_DIM_MULTIPLE, ROW_MULTIPLE, Variant, round_up
+from fa4_jax._variants import BLOCK, HEAD_DIM_MULTIPLE, ROW_MULTIPLE, Variant, round_up
 from kernels.signatures import buffer_dtype
 
 from . import chips, counts
 from .chips import Chip
 from .device import LaunchRecord, device
 from .instruction_set import Unit
+from .intervals import Intervals
 
 UNITS = (Unit.mufu, Unit.fma, Unit.integer, Unit.convert, Unit.move, Unit.shared, Unit.shuffle)
 BYTES = ("operand bytes", "shared bytes read", "shared bytes written", "TMA bytes loaded")
@@ -68,6 +69,7 @@ class Shape:
             sizes |= {"B": 1, "N": sizes["N"] // sizes["K"], "K": 1}
         sizes["R"] = round_up(sizes["T"], ROW_MULTIPLE)
         sizes["E"] = round_up(variant.head_dim, HEAD_DIM_MULTIPLE)
+        sizes |= {"M": -(-sizes["T"] // BLOCK), "J": -(-sizes["S"] // BLOCK), "Z": 0}
         return {**sizes, **variant.static_dims}
 
 
@@ -75,25 +77,36 @@ def emulate(variant: Variant, shape: Shape) -> LaunchRecord:
     """One launch of the part, on numbers that are cheap to make."""
     sizes = shape.extents(variant, part=True)
     rng = np.random.default_rng(0)
+    intervals = interval_operands(sizes, shape.causal)
     operands = [
-        jnp.asarray(
+        intervals[buffer.name]
+        if buffer.name in intervals
+        else jnp.asarray(
             rng.standard_normal([sizes[letter] for letter in buffer.dims], np.float32),
             buffer_dtype(variant, buffer).numpy_name,
         )
         for buffer in variant.signature.operands
     ]
     upper = 0 if shape.causal else sizes["S"]
-    scalars = {"softmax_scale": 0.05, "band_lower": -sizes["T"], "band_upper": upper}
+    scalars = {"softmax_scale": 0.05, "softcap": 1.0, "band_lower": -sizes["T"]}
+    scalars["band_upper"] = upper
     where = device()
     # As many multiprocessors as tiles: one tile a CTA, so that a CTA is the least unit of work.
     where.run(variant, operands, scalars, free={"T": sizes["T"]}, num_sms=1 << 20)
     return where.launches[-1]
 
 
+def interval_operands(sizes: Mapping[str, int], causal: bool) -> dict[str, np.ndarray]:
+    """Of rows that have them, by name: the same mask."""
+    seen = np.ones((sizes["T"], sizes["S"]), bool)
+    seen = np.tril(seen) if causal else seen
+    return vars(Intervals.of(np.broadcast_to(seen, (sizes["B"], *seen.shape))))
+
+
 def memory_bytes(variant: Variant, shape: Shape) -> int:
     """Every operand and result once."""
     sizes = shape.extents(variant, part=False)
-    width = {"bf16": 2, "f16": 2, "f32": 4}
+    width = {"bf16": 2, "f16": 2, "f32": 4, "i32": 4}
     return sum(
         width[buffer_dtype(variant, buffer)] * math.prod(sizes[letter] for letter in buffer.dims)
         for buffer in variant.signature.buffers

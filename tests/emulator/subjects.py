@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from fa4_jax._variants import ROW_MULTIPLE, Kernel, Split, Variant, round_up
+from fa4_jax._variants import ROW_MULTIPLE, Feature, Kernel, Split, Variant, round_up
 
 from .device import device
+from .intervals import Intervals
 from .mutation import Subject
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -43,6 +44,20 @@ class Problem:
     heads: int
     kv_heads: int
     window: tuple[int, int]
+    head_sinks: tuple[float, ...] | None = None
+
+    @property
+    def sinks(self) -> np.ndarray | None:
+        """[B, N]"""
+        if self.head_sinks is None:
+            return None
+        return np.array([self.head_sinks] * self.batch, np.float32)
+
+    @property
+    def intervals(self) -> Intervals:
+        """Of rows that have them: the same window."""
+        shape = (self.batch, self.seqlen_q, self.seqlen_k)
+        return Intervals.of(np.broadcast_to(self.seen, shape))
 
     @property
     def seen(self) -> np.ndarray:
@@ -63,7 +78,10 @@ class Problem:
 # The first has four key tiles, a right edge through two of them, and some queries that see the last
 # 16 keys of the last tile. The second has a band that is narrower than a tile, and a whole query
 # tile without keys. T is chosen so that the first row beyond it is in either half of a warp's rows.
-PROBLEMS = (Problem(2, 200, 509, 2, 1, (60, 372)), Problem(1, 290, 100, 1, 1, (10, 5)))
+PROBLEMS = (
+    Problem(2, 200, 509, 2, 1, (60, 372), (1.5, -np.inf)),
+    Problem(1, 290, 100, 1, 1, (10, 5)),
+)
 
 # Bands that begin and end in every place of a tile, and bands beside the diagonal.
 MORE_PROBLEMS = (
@@ -120,11 +138,20 @@ def _scale(variant: Variant) -> float:
     return float(np.float32(1 / math.sqrt(variant.head_dim)))
 
 
+def _softcap(variant: Variant) -> float | None:
+    return 2.0 if Feature.softcap in variant.features else None
+
+
+def _oracle(variant: Variant, problem: Problem) -> Oracle:
+    return Oracle(problem.seen, _scale(variant), softcap=_softcap(variant), sinks=problem.sinks)
+
+
 def _scalars(variant: Variant, problem: Problem) -> dict[str, float]:
     left, right = problem.window
     limits = (-problem.seqlen_q, problem.seqlen_k)
     return {
         "softmax_scale": _scale(variant),
+        "softcap": _softcap(variant) or 1.0,
         "band_lower": max(-left, limits[0]),
         "band_upper": min(right, limits[1]),
     }
@@ -143,12 +170,15 @@ def _judged(names: Sequence[str], results: Sequence, expected: Sequence, baselin
 
 def _forward(variant: Variant, problem: Problem) -> Subject:
     q, k, v, _, _ = _tensors(variant, problem)
-    scalars, scale = _scalars(variant, problem), _scale(variant)
-    expected = Oracle(problem.seen, scale).forward(*_as64(q, k, v))
-    baseline = xla_attention(q, k, v, problem.seen, scale)
+    scalars, sinks = _scalars(variant, problem), problem.sinks
+    expected = _oracle(variant, problem).forward(*_as64(q, k, v))
+    baseline = xla_attention(q, k, v, problem.seen, _scale(variant), sinks, _softcap(variant))
+    no_sinks = np.zeros((0, problem.heads), np.float32)
+    operands = (q, k, v, no_sinks if sinks is None else sinks)
+    operands += problem.intervals.operands(variant)
 
     def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
-        return device().run(variant, (q, k, v), scalars, schedule=schedule, check=check)
+        return device().run(variant, operands, scalars, schedule=schedule, check=check)
 
     return Subject(
         variant.name, run, lambda got: _judged(("out", "lse"), got, expected, baseline), (0, 1)
@@ -157,7 +187,7 @@ def _forward(variant: Variant, problem: Problem) -> Subject:
 
 def _residuals(variant: Variant, problem: Problem) -> tuple:
     q, k, v, dout, dlse = _tensors(variant, problem)
-    out, lse = Oracle(problem.seen, _scale(variant)).forward(*_as64(q, k, v))
+    out, lse = _oracle(variant, problem).forward(*_as64(q, k, v))
     return jnp.asarray(out, q.dtype), dout, lse.astype(np.float32), dlse
 
 
@@ -204,11 +234,13 @@ def _backward(variant: Variant, problem: Problem) -> Subject:
     out, _, lse, _ = _residuals(variant, problem)
     dpsum, lse_log2, dq_accum = _workspaces(variant, problem)
     scalars, scale = _scalars(variant, problem), _scale(variant)
-    expected = Oracle(problem.seen, scale).backward(*_as64(q, k, v, dout, dlse))[:3]
-    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), problem.seen, scale)
+    expected = _oracle(variant, problem).backward(*_as64(q, k, v, dout, dlse))[:3]
+    masked = problem.seen, scale, _softcap(variant)
+    baseline = xla_gradients((q, k, v), (out, lse), (dout, dlse), *masked)
+    operands = (q, k, v, dout, lse_log2, dpsum, dq_accum)
+    operands += problem.intervals.operands(variant)
 
     def run(schedule: str, check: bool) -> Sequence[np.ndarray]:
-        operands = (q, k, v, dout, lse_log2, dpsum, dq_accum)
         return device().run(variant, operands, scalars, schedule=schedule, check=check)
 
     def verdict(got: Sequence[np.ndarray]) -> str:

@@ -84,7 +84,9 @@ std::atomic<LaunchCallback> launch_callback{nullptr};
 std::atomic<BufferCallback> buffer_callback{nullptr};
 
 size_t Bytes(const XLA_FFI_Buffer& buffer) {
-  size_t bytes = buffer.dtype == XLA_FFI_DataType_F32 ? 4 : 2;
+  const bool is_32_bit =
+      buffer.dtype == XLA_FFI_DataType_F32 || buffer.dtype == XLA_FFI_DataType_S32;
+  size_t bytes = is_32_bit ? 4 : 2;
   for (int64_t i = 0; i < buffer.rank; ++i) bytes *= buffer.dims[i];
   return bytes;
 }
