@@ -23,7 +23,7 @@ so that the exponentials don't wait for them.
     4-11                    compute   240       each warpgroup owns 64 of the 128 keys
 
     load --[k, v]--> compute          one stage, loaded once
-    load --[q, lse_log2]--> compute   `stages` deep
+    load --[q, lse_log2]--> compute   `stages` deep; with the queries' intervals, if they have any
     load --[dout, dpsum]--> compute   `stages` deep
     compute --[dS]--> compute         q's stages: a warpgroup may write the next dS while the other
                                       still multiplies by this one

@@ -14,7 +14,7 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
                             both      dq_accum += dS^T k
 
     load --[k, v]--> both                        one stage, loaded once
-    load --[q, lse_log2]--> both                 `stages` deep
+    load --[q, lse_log2]--> both                 `stages` deep; with the intervals, if any
     load --[dout, dpsum]--> both                 `stages` deep
     probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL; with a softcap,
                                                  p (1 - t^2): see `key_tile`
