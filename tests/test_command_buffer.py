@@ -48,7 +48,9 @@ for i in range(300):
     assert (again == first).all(), f"call {i} differs from the first"
 print("entries:", entered_once, warm, _ffi.handler_entries(), "loads:", _ffi.module_loads(0))
 assert entered_once >= 6, entered_once
-assert _ffi.handler_entries() == warm, (warm, _ffi.handler_entries())
+# Where the allocator puts a buffer elsewhere, XLA captures once more; 300 calls without a graph
+# would be 150 times as many entries as those of the first two.
+assert _ffi.handler_entries() <= warm + 3 * entered_once, (warm, _ffi.handler_entries())
 """
 
 

@@ -388,7 +388,7 @@ FACTORS: dict[str, list] = {
     "dtype": sorted({v.dtype for v in ROWS}),
     "kind": list(KINDS),
     "heads": list(HEADS),
-    "lengths": [(1, 1), (1, 113), (257, 1), (113, 257), (384, 384), (1023, 300), (300, 1023)],
+    "lengths": [(1, 1), (1, 113), (257, 1), (113, 257), (384, 384), (777, 300), (300, 777)],
     "softcap": [None, 0.7, 30.0],
     "has_sinks": [False, True],
     "has_dlse": [False, True],
