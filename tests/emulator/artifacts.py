@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled kernels for the emulator: object, PTX and cubin of each row, built once per content.
+"""Compiled kernels for the emulator: object, PTX and cubin of each row, built once per content,
+by `pip install .` from this checkout or by the first test that wants them.
 
 A row's files live in a folder named by `kernels.build.row_key`, the hash of everything that they
 depend on, so a folder never goes stale and several checkouts and runs can share the cache:
@@ -26,6 +27,8 @@ from kernels import build
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SUFFIXES = ("o", "h", "ptx", "cubin", "json")
+# Where an installation from this checkout has left the same files.
+_INSTALLED = "build/*/kernels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ def artifacts(variants: Iterable[Variant] = VARIANTS) -> dict[str, Artifact]:
         return found
     with locked(cache):
         missing = [artifact for artifact in found.values() if not _complete(artifact)]
+        missing = [artifact for artifact in missing if not _adopt(artifact, cache)]
         if missing:
             _build(missing, cache)
     return found
@@ -79,6 +83,21 @@ def artifacts(variants: Iterable[Variant] = VARIANTS) -> dict[str, Artifact]:
 
 def _complete(artifact: Artifact) -> bool:
     return artifact.folder.is_dir()
+
+
+def _adopt(artifact: Artifact, cache: pathlib.Path) -> bool:
+    """Take the files of an installation if they are of the same row and sources."""
+    key = build.row_key(artifact.variant)
+    for installed in sorted(ROOT.glob(_INSTALLED)):
+        if build.current_report(artifact.variant, key, installed, keep=True):
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                folder = pathlib.Path(scratch) / artifact.folder.name
+                folder.mkdir()
+                for suffix in _SUFFIXES:
+                    shutil.copy(installed / f"{artifact.variant.name}.{suffix}", folder)
+                folder.rename(artifact.folder)
+            return True
+    return False
 
 
 def _build(missing: list[Artifact], cache: pathlib.Path) -> None:
