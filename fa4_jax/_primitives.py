@@ -63,8 +63,7 @@ def backward(
 ) -> Sequence[Array]:
     """dq, dk and dv, as `_reference.backward`, but neither for a bias nor for a mask."""
     names, interval = _given(extras, ("kv_start", "kv_end"))
-    operands = (*operands, *residuals, *cotangents, *interval)
-    return backward_p.bind(*operands, spec=spec, extras=names)
+    return backward_p.bind(*operands, *residuals, *cotangents, *interval, spec=spec, extras=names)
 
 
 def _given(extras: Extras, names: Sequence[str]) -> tuple[tuple[str, ...], list[Array]]:

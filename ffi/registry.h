@@ -84,7 +84,8 @@ struct Kernel {
   std::string_view key;   // architecture-free, as a lowered program carries it
   std::string_view name;  // unique
   int major, minor;       // the only compute capability that runs it
-  // Operands, then the results that aren't operands too. The exported C ABI: stream, scalars, these.
+  // Operands, then the results that aren't operands too. The exported C ABI: stream, scalars,
+  // these.
   List<Buffer> buffers;
   size_t num_operands;
   List<int> results;  // the buffer each result is; below num_operands: updated in place
