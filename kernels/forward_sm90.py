@@ -64,7 +64,14 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
-from kernels.common.scheduler import TileOrder, place_of, rounds_of, tile_order
+from kernels.common.scheduler import (
+    TileOrder,
+    first_ticket,
+    last_ticket,
+    next_ticket,
+    place_of,
+    tile_order,
+)
 from kernels.common.softmax import (
     LOG2_E,
     finish,
@@ -300,10 +307,9 @@ class ForwardSm90:
             self.consume(thread - WARPGROUP, mma, smem, consumers, tma, lse, problem)
 
     @cute.jit
-    def tile(self, problem: Problem, round_: Int32) -> Tile:
-        """This CTA's tile in a round."""
-        cta, _, _ = cute.arch.block_idx()
-        m_block, head_of_all = place_of(problem.order, cta, round_)
+    def tile(self, problem: Problem, ticket: Int32) -> Tile:
+        """The tile of a ticket."""
+        m_block, head_of_all = place_of(problem.order, ticket)
         batch, head = divmod(head_of_all, problem.heads)
         first = m_block * self.tile_m
         keys = (problem.seqlen_k, self.tile_n)
@@ -326,9 +332,9 @@ class ForwardSm90:
         """Per tile: q; k and v of every visited tile, last to first, k one tile ahead of v. The
         first k comes before q, whose place may be free later."""
         q_producer, k_producer, v_producer = producers
-        cta, _, _ = cute.arch.block_idx()
-        for round_ in cutlass.range(rounds_of(problem.order, cta), unroll=1):
-            tile = self.tile(problem, round_)
+        ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+        while ticket < last:
+            tile = self.tile(problem, ticket)
             g_q = cute.local_tile(
                 tma.g_q[None, None, tile.head, tile.batch],
                 (self.tile_m, self.head_dim),
@@ -365,6 +371,7 @@ class ForwardSm90:
                 slot = v_producer.acquire_and_advance()
                 n = blocks.begin
                 cute.copy(tma.v, g_v[None, n], s_v[None, slot.index], tma_bar_ptr=slot.barrier)
+            ticket = next_ticket(problem.order, ticket)
         k_producer.tail()
         v_producer.tail()
 
@@ -394,9 +401,9 @@ class ForwardSm90:
         scale_log2 = problem.softmax_scale * LOG2_E
 
         self.first_turn(group)
-        cta, _, _ = cute.arch.block_idx()
-        for round_ in cutlass.range(rounds_of(problem.order, cta), unroll=1):
-            tile = self.tile(problem, round_)
+        ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+        while ticket < last:
+            tile = self.tile(problem, ticket)
             blocks = tile.blocks
             acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
             acc.fill(0.0)
@@ -457,6 +464,7 @@ class ForwardSm90:
             self.store_lse(softmax.row_max, coords, g_lse, extent)
             self.store_out(thread, mma, smem, tile, tma, acc)
             q_slot.release()
+            ticket = next_ticket(problem.order, ticket)
         self.last_turn(group)
         tma_store_wait()
 

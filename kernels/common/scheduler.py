@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles of a persistent kernel a CTA computes, and in which order: fixed before the launch,
-without atomics.
+"""Which tiles of a persistent kernel a CTA computes, and in which order.
 
-A tile is a block of one head; later blocks are longer (a causal band), or all are alike. What is
-wanted: equal sums for all CTAs, the longest tiles early, and CTAs that run at the same time reading
-the same few heads, so that these stay in the L2.
+A tile is a block of one head. What is wanted: equal sums for all CTAs, the longest tiles early, and
+CTAs that run at the same time reading the same few heads, so that these stay in the L2.
 
-Where all are alike, head after head, round after round, is all of it. Else:
+Every role of a CTA goes through the same tickets, one per tile:
+
+    ticket, last = first_ticket(order), last_ticket(order)
+    while ticket < last:
+        block, head = place_of(order, ticket)
+        ...
+        ticket = next_ticket(order, ticket)
+
+`TileOrder` is fixed before the launch, without atomics, for blocks of which the later ones are
+longer (a causal band) or all are alike. Its tickets are rounds. Where all are alike, head after
+head, round after round, is all of it. Else:
 
     pairs     Two heads at a time: block M-1-j of the first, then block j of the second. Every pair
               costs the same and a round of them covers few heads. A CTA takes one pair every two
@@ -71,8 +79,15 @@ def tile_order(blocks: Int32, heads: Int32, even: Int32, num_sms: Int32) -> Tile
 
 
 @cute.jit
-def rounds_of(order: TileOrder, cta: Int32) -> Int32:
-    """How many tiles this CTA computes."""
+def first_ticket(order: TileOrder) -> Int32:
+    """The CTA's first ticket."""
+    return Int32(0)
+
+
+@cute.jit
+def last_ticket(order: TileOrder) -> Int32:
+    """No ticket is this or more: how many tiles this CTA computes."""
+    cta, _, _ = cute.arch.block_idx()
     snake = order.single_tiles - 2 * order.first_single
     full = snake // order.ctas
     place = order.ctas - 1 - cta if full % 2 == 1 else cta
@@ -81,8 +96,16 @@ def rounds_of(order: TileOrder, cta: Int32) -> Int32:
 
 
 @cute.jit
-def place_of(order: TileOrder, cta: Int32, round_: Int32) -> Place:
-    """The tile of this CTA in a round."""
+def next_ticket(order: TileOrder, ticket: Int32) -> Int32:
+    """The CTA's ticket after this one."""
+    return ticket + 1
+
+
+@cute.jit
+def place_of(order: TileOrder, ticket: Int32) -> Place:
+    """The tile of one of this CTA's tickets."""
+    cta, _, _ = cute.arch.block_idx()
+    round_ = ticket
     odd = round_ % 2 == 1
     pair = round_ // 2 * order.ctas + cta
     longest = pair - order.pairs
