@@ -63,7 +63,12 @@ from kernels.common.mma_sm90 import (
     stage,
     to_16_bit,
 )
-from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.pipelines import (
+    SHARED_MEMORY,
+    WARPGROUP,
+    load_tile_pipeline,
+    register_split,
+)
 from kernels.common.scheduler import (
     TileOrder,
     first_ticket,
@@ -85,8 +90,6 @@ from kernels.common.softmax import (
 TURN = 1
 # Rows of an accumulator that one warp holds, and stores.
 WARP_ROWS = 16
-# What a CTA may have, less room for the barriers.
-SHARED_MEMORY = 227 * 1024 - 1024
 
 
 class Tma(NamedTuple):
@@ -176,7 +179,8 @@ class ForwardSm90:
         self.registers = register_split(self.warpgroups)
         elements = self.stages * self.tile_n * (self.head_dim + self.head_dim_v)
         elements += self.tile_m * (2 * self.head_dim + self.head_dim_v)
-        self.own_out = elements * self.dtype.width // 8 <= SHARED_MEMORY
+        barriers = 1024
+        self.own_out = elements * self.dtype.width // 8 + barriers <= SHARED_MEMORY
         self.q_stages = 2 if self.own_out else 1
         assert self.tile_m == 64 * self.warpgroups, "a consumer warpgroup owns 64 query rows"
         assert self.own_out or self.head_dim_v <= self.head_dim, "out takes q's place"
