@@ -34,7 +34,7 @@ from kernels import signatures, toolchain
 
 from . import artifacts, ptx, roles
 from .artifacts import ROOT, Artifact
-from .launch import Configuration, Launch, Program
+from .launch import Configuration, Launch, Options, Program
 from .memory import GlobalMemory
 from .schedule import Schedule
 
@@ -67,14 +67,6 @@ class LaunchRecord:
     """By role."""
     ctas: Sequence[collections.Counter[str]]
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How launches are emulated."""
-
-    schedule: Schedule = Schedule()
-    check: bool = False
 
 
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -159,13 +151,15 @@ class Device:
         *,
         schedule: str = "eager",
         check: bool = False,
+        ordered_additions: bool = False,
         free: Mapping[str, int] | None = None,
         num_sms: int = 2,
     ) -> list[np.ndarray]:
         """Call a row through the FFI; returns its results. Raises what the emulated kernel raised.
 
-        `free`: sizes that the operands don't tell, such as T of backward_postprocess. `num_sms`:
-        multiprocessors of the device; few, so that a persistent kernel's CTAs compute several
+        `schedule`, `check`, `ordered_additions`: see `launch.Options`. `free`: sizes that the
+        operands don't tell, such as T of backward_postprocess. `num_sms`: multiprocessors of the
+        device, each with one CTA at a time; few, so that a persistent kernel's CTAs compute several
         tiles.
         """
         signature = variant.signature
@@ -184,7 +178,8 @@ class Device:
         kinds = {"f32": np.float32, "i32": np.int32}
         attributes = {s.name: kinds[s.kind](scalars[s.name]) for s in signature.attributes}
         self._buffer_names = [b.name for b in (*signature.operands, *signature.results)]
-        self.options, self.error = Options(Schedule.parse(schedule), check), None
+        self.options = Options(Schedule.parse(schedule), check, num_sms, ordered_additions)
+        self.error = None
         self.select(variant)
         if num_sms != self._num_sms:
             self.library.fa4_jax_fake_multiprocessors(num_sms)
@@ -277,8 +272,7 @@ class Device:
             configuration,
             bytes(raw),
             self.memory,
-            schedule=self.options.schedule,
-            check=self.options.check,
+            self.options,
             registers_per_thread=launch_registers(artifact, math.prod(configuration.block)),
             roles=roles.of(artifact.variant),
         )
