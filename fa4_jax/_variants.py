@@ -15,6 +15,7 @@ Dimensions are named by one letter everywhere:
     R  T rounded up to `ROW_MULTIPLE`         E  D rounded up to `HEAD_DIM_MULTIPLE`
     M  blocks of `BLOCK` queries, the last one not full, and J, of keys
     W  4, the width of a range                Z  B, or 0 for an operand that isn't given
+    U  1
 
 R, E, M and J lay out what isn't the user's. They don't depend on an architecture's tiles, because
 the architecture is chosen at run time, in C++, after XLA has allocated every buffer.
@@ -37,7 +38,7 @@ MAX_DIMENSION = 2**30 - 1
 
 # Version of the FFI targets: bump it when a signature changes, so that an exported program never
 # meets a handler that reads its operands differently.
-TARGET_VERSION = 2
+TARGET_VERSION = 3
 
 
 class Kernel(enum.StrEnum):
@@ -102,12 +103,14 @@ class DType(enum.StrEnum):
 class Buffer:
     """One tensor of a kernel: row-major, dimensions named by letter.
 
-    `dtype` None means the variant's own 16-bit type.
+    `dtype` None means the variant's own 16-bit type. A result that is `zeroed` is set to zero by
+    the launcher before the kernel starts.
     """
 
     name: str
     dims: str
     dtype: DType | None = None
+    zeroed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +172,14 @@ _KEY_RANGE = Buffer("key_range", "BMW", DType.i32)
 # Of a block of keys: queries [first, end) hold all that see one of them, and [full_first, full_end)
 # only such as see each of them. Multiples of `BLOCK`.
 _QUERY_RANGE = Buffer("query_range", "BJW", DType.i32)
+# How many tiles a persistent kernel's CTAs have taken from its queue.
+_TILES_TAKEN = Buffer("tiles_taken", "U", DType.i32, zeroed=True)
 # > 0 and finite; the Python layer folds a zero or negative scale into q.
 _SCALE = Scalar("softmax_scale", "f32")
 # > 0 and finite; 1, and not read, where the row hasn't the feature.
 _SOFTCAP = Scalar("softcap", "f32")
 # Query i sees keys j with i + band_lower <= j <= i + band_upper, both clamped to [-T, S]. With
-# `Feature.interval` the intervals are within the band, which only says how tiles differ.
+# `Feature.interval` the intervals are within the band, which isn't read.
 _BAND = (Scalar("band_lower", "i32"), Scalar("band_upper", "i32"))
 # A persistent kernel launches one CTA per multiprocessor.
 _NUM_SMS = Scalar("num_sms", "sms")
@@ -185,9 +190,11 @@ def signature(kernel: Kernel, features: tuple[Feature, ...] = ()) -> Signature:
     if kernel is Kernel.forward:
         # out = softmax(scores, sinks) v; lse is the natural logarithm of the row sums, -inf for a
         # row that sees neither a key nor a sink. Its out is 0.
-        interval = (*_INTERVAL, _KEY_RANGE) if Feature.interval in features else ()
+        has_interval = Feature.interval in features
+        interval = (*_INTERVAL, _KEY_RANGE) if has_interval else ()
+        queue = (_TILES_TAKEN,) if has_interval else ()
         return Signature(
-            (*QKV, _SINKS, *interval), (_OUT, _LSE), (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS)
+            (*QKV, _SINKS, *interval), (_OUT, _LSE, *queue), (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS)
         )
     if kernel is Kernel.backward:
         # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
@@ -279,6 +286,7 @@ class Variant:
             "V": self.head_dim_v,
             "E": round_up(self.head_dim, HEAD_DIM_MULTIPLE),
             "W": RANGE,
+            "U": 1,
         }
 
 

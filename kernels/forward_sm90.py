@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass import Float32, Int32, Int64, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
@@ -66,11 +66,17 @@ from kernels.common.mma_sm90 import (
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.scheduler import (
     TileOrder,
+    TileQueue,
+    announce,
     first_ticket,
     last_ticket,
     next_ticket,
+    open_queue,
     place_of,
+    queue_storage,
+    reserve,
     tile_order,
+    tile_queue,
 )
 from kernels.common.softmax import (
     LOG2_E,
@@ -139,7 +145,7 @@ class QueryIntervals(NamedTuple):
 class Problem(NamedTuple):
     """What all tiles share: their order, the run-time sizes and scalars, and what a query sees."""
 
-    order: TileOrder
+    order: TileOrder | TileQueue
     heads: cute.FastDivmodDivisorV2
     group: cute.FastDivmodDivisorV2  # query heads per key/value head
     seqlen_q: Int32
@@ -192,7 +198,7 @@ class ForwardSm90:
         num_sms: Int32,
         *buffers: cute.Tensor,
     ):
-        q, k, v, sinks, *intervals, out, lse = buffers
+        q, k, v, sinks, *intervals, out, lse = buffers[: len(buffers) - self.has_intervals]
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
         # operand of p v.
         q, k, out = (
@@ -240,8 +246,12 @@ class ForwardSm90:
             *tma_atom(store, out, rows_layout(*warp_tile), warp_tile),
         )
 
+        ring, ring_barriers = queue_storage(self.has_intervals)
+
         @cute.struct
         class Storage:
+            tile_ring: ring
+            tile_barriers: ring_barriers
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
@@ -256,11 +266,18 @@ class ForwardSm90:
         self.storage = Storage
         seqlen_q, _, heads, batch = q.shape
         seqlen_k, _, kv_heads, _ = k.shape
-        # A band that only one side bounds is longer for some queries than for others.
-        bounded_below, bounded_above = band_lower > -seqlen_q + 1, band_upper < seqlen_k - 1
-        even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
+        blocks = cute.ceil_div(seqlen_q, self.tile_m)
+        if const_expr(self.has_intervals):
+            read = Int64(seqlen_k) * ((self.head_dim + self.head_dim_v) * self.dtype.width // 8)
+            sharing = (heads * batch, heads // kv_heads)
+            order = tile_queue(blocks, sharing, read, num_sms, buffers[-1])
+        else:
+            # A band that only one side bounds is longer for some queries than for others.
+            bounded_below, bounded_above = band_lower > -seqlen_q + 1, band_upper < seqlen_k - 1
+            even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
+            order = tile_order(blocks, heads * batch, even, num_sms)
         problem = Problem(
-            order=tile_order(cute.ceil_div(seqlen_q, self.tile_m), heads * batch, even, num_sms),
+            order=order,
             heads=cute.fast_divmod_create_divisor_v2(heads),
             group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
             seqlen_q=seqlen_q,
@@ -294,6 +311,10 @@ class ForwardSm90:
         q_pipe = load_tile_pipeline(storage.q_barriers, layouts.q, self.dtype, consumer_warps)
         k_pipe = load_tile_pipeline(storage.k_barriers, layouts.k, self.dtype, consumer_warps)
         v_pipe = load_tile_pipeline(storage.v_barriers, layouts.v, self.dtype, consumer_warps)
+        if const_expr(self.has_intervals):
+            places = (storage.tile_ring, storage.tile_barriers)
+            order = open_queue(problem.order, *places, consumer_warps)
+            problem = problem._replace(order=order)
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
@@ -334,6 +355,7 @@ class ForwardSm90:
         q_producer, k_producer, v_producer = producers
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
+            reserved = reserve(problem.order)
             tile = self.tile(problem, ticket)
             g_q = cute.local_tile(
                 tma.g_q[None, None, tile.head, tile.batch],
@@ -371,7 +393,7 @@ class ForwardSm90:
                 slot = v_producer.acquire_and_advance()
                 n = blocks.begin
                 cute.copy(tma.v, g_v[None, n], s_v[None, slot.index], tma_bar_ptr=slot.barrier)
-            ticket = next_ticket(problem.order, ticket)
+            ticket = announce(problem.order, ticket, reserved)
         k_producer.tail()
         v_producer.tail()
 
