@@ -231,6 +231,17 @@ class Split(enum.StrEnum):
     """
 
 
+class Epilogue(enum.StrEnum):
+    """How a forward's warpgroup brings its rows of out to global memory."""
+
+    own = enum.auto()
+    """Through shared memory of its own: stored by TMA while the next tile is computed."""
+    over_q = enum.auto()
+    """Through q's, where a warpgroup overwrites rows that it alone has read; the next q waits."""
+    registers = enum.auto()
+    """From registers, four lanes of a row exchanging, so that each stores 16 bytes."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Tuning of one variant: nothing here changes a result by more than rounding."""
@@ -243,6 +254,10 @@ class Tiles:
     """Depth of the shared-memory ring of the operand that the main loop streams."""
     mma_warpgroups: int = 0
     """Consumer warpgroups; one more loads."""
+    q_stages: int = 0
+    """Forward: with two, the next tile's q is there when this one is done."""
+    epilogue: Epilogue = Epilogue.own
+    """Forward."""
     scores_ahead: bool = False
     """Backward: issue the next query tile's scores before this tile's dq and dk."""
     split: Split = Split.rows
@@ -330,6 +345,28 @@ def _by_products(tile_n: int) -> Tiles:
     return Tiles(tile_m=64, tile_n=tile_n, stages=2, mma_warpgroups=2, split=Split.products)
 
 
+def _rows(tile_m: int, tile_n: int, q_stages: int, epilogue: Epilogue) -> Tiles:
+    """A forward."""
+    mma_warpgroups = tile_m // 64
+    return Tiles(
+        tile_m=tile_m,
+        tile_n=tile_n,
+        stages=2,
+        mma_warpgroups=mma_warpgroups,
+        q_stages=q_stages,
+        epilogue=epilogue,
+    )
+
+
+_FORWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
+    64: _rows(192, 128, 2, Epilogue.own),
+    96: _rows(128, 128, 2, Epilogue.own),
+    128: _rows(128, 128, 2, Epilogue.own),
+    (192, 128): _rows(128, 128, 1, Epilogue.over_q),
+    192: _rows(128, 112, 1, Epilogue.over_q),
+    256: _rows(128, 80, 1, Epilogue.over_q),
+}
+
 _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
     64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2, scores_ahead=True),
     128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
@@ -351,14 +388,7 @@ VARIANTS: tuple[Variant, ...] = (
     *grid(
         Kernel.forward,
         Arch.sm90a,
-        {
-            64: Tiles(tile_m=192, tile_n=128, stages=2, mma_warpgroups=3),
-            96: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
-            128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
-            (192, 128): Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
-            192: Tiles(tile_m=128, tile_n=112, stages=2, mma_warpgroups=2),
-            256: Tiles(tile_m=128, tile_n=80, stages=2, mma_warpgroups=2),
-        },
+        _FORWARD_SM90,
         FEATURE_SETS,
     ),
     *grid(
