@@ -177,7 +177,7 @@ class Launches:
 
         signature = variant.signature
         sizes = {**shape.sizes, **variant.static_dims}
-        rng = np.random.default_rng(0)
+        keys = iter(jax.random.split(jax.random.key(0), len(signature.operands)))
 
         def dims(buffer: _variants.Buffer) -> tuple[int, ...]:
             return tuple(sizes[letter] for letter in buffer.dims)
@@ -188,11 +188,10 @@ class Launches:
         def random(buffer: _variants.Buffer) -> jax.Array:
             if buffer.dtype is _variants.DType.i32:
                 raise SystemExit(f"{variant.name} takes intervals; tune the row without them")
-            x = rng.standard_normal(dims(buffer), np.float32)
-            # Statistics as a forward leaves them: probabilities of 1 / S.
-            return jnp.asarray(
-                x * 0 + math.log2(sizes["S"]) if buffer.name == "lse_log2" else x, dtype(buffer)
-            )
+            if buffer.name == "lse_log2":  # as a forward leaves it: probabilities of 1 / S
+                return jnp.full(dims(buffer), math.log2(sizes["S"]), dtype(buffer))
+            # Made where it is needed: a billion elements take NumPy ten seconds.
+            return jax.random.normal(next(keys), dims(buffer), dtype(buffer))
 
         values = {
             "softmax_scale": np.float32(1 / math.sqrt(variant.head_dim)),

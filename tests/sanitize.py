@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's compute-sanitizer over every kernel: forward and backward of small calls, in one process.
+"""NVIDIA's compute-sanitizer over every kernel: small calls and their gradients, in one process.
 
     python tests/sanitize.py run --out DIR [memcheck initcheck synccheck racecheck]
     python tests/sanitize.py report DIR [--cubins DIR]
     python tests/sanitize.py list
 
-It needs fa4_jax, installed or in PYTHONPATH, and `run` a GPU. `run` starts the tools side by side, each over a process that makes all calls of
-`cases`, and ends with what `report` prints again from the logs; its exit status is 0 if every tool
-finished, found its planted defect, and found nothing else in our kernels. `--cubins`, a folder of
-`kernels.build --keep`, adds the instructions at the addresses of a finding.
+It needs fa4_jax, installed or in PYTHONPATH, and `run` a GPU. `run` starts the tools side by side,
+each over a process that makes all calls of `cases`, and ends with what `report` prints again from
+the logs; its exit status is 0 if every tool finished, found its planted defect, and found nothing
+else in our kernels. `--cubins`, a folder of `kernels.build --keep`, adds the instructions at the
+addresses of a finding; racecheck's allowed findings are told by them.
 
 A call is the public one, with its gradient. Only our kernels run on the GPU: in this process the
 primitives run eagerly on the CPU, and each launch is a program of its own, whose operands come from
