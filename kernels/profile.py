@@ -33,6 +33,11 @@ HEADS = {(64, 64): 32, (96, 96): 16, (256, 256): 8, (192, 192): 8}
 DEFAULT_HEADS = 16
 
 STALL = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
+STALLS = (
+    *("barrier", "branch_resolving", "dispatch_stall", "drain", "gmma", "imc_miss", "lg_throttle"),
+    *("long_scoreboard", "math_pipe_throttle", "membar", "mio_throttle", "misc", "no_instruction"),
+    *("not_selected", "selected", "short_scoreboard", "sleeping", "tex_throttle", "wait"),
+)
 PEAK = ".avg.pct_of_peak_sustained_elapsed"
 LOCAL = tuple(f"l1tex__t_requests_pipe_lsu_mem_local_op_{op}.sum" for op in ("ld", "st"))
 
@@ -49,7 +54,7 @@ SHARES = {
 }
 TIME, CLOCK = "gpu__time_duration.sum", "sm__cycles_elapsed.avg.per_second"
 REGISTERS = "launch__registers_per_thread"
-METRICS = (*SHARES.values(), TIME, CLOCK, REGISTERS, *LOCAL, f"regex:{STALL[0]}.*{STALL[1]}")
+METRICS = (*SHARES.values(), TIME, CLOCK, REGISTERS, *LOCAL, *(s.join(STALL) for s in STALLS))
 # Where an ncu doesn't know one of these: more passes, and a column may be missing.
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "SchedulerStats", "LaunchStats")
 SECTIONS += ("ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis")

@@ -292,8 +292,6 @@ def child(tool: str) -> None:
     wrong = make_all_calls(launch_here(device), cases())
     print(f"calls done, {wrong} with NaN", flush=True)
     plant(tool, device)
-    sys.stdout.flush()
-    os._exit(wrong > 0)  # the context may be gone, and with it an orderly end
 
 
 # --- What a tool wrote.
@@ -440,7 +438,7 @@ def run(tools: Sequence[str], folder: pathlib.Path, seconds: float) -> None:
     running = {}
     for tool in tools:
         command = ["compute-sanitizer", "--tool", tool, "--kernel-regex", f"kns={OURS}"]
-        command += ["--log-file", str(folder / f"{tool}.log"), "--print-limit", "1000"]
+        command += ["--log-file", str(folder / f"{tool}.log"), "--print-limit", "100000"]
         command += ["--target-processes", "application-only"]
         # XLA asks for things that not every driver has, and takes no for an answer.
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
@@ -496,6 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "child":
         child(options.tool)
+        return 0
     if options.command == "list":
         print(*cases(), sep="\n")
         return 0
