@@ -32,6 +32,19 @@ LEFT = 255
 DTYPE = "bfloat16"
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Uniform with variance 1: a hash of an element's number, for fewer than 2^32 of them.
+
+    `jax.random` would hold 24 bytes of counters and bits an element.
+    """
+    x = jax.lax.iota(jnp.uint32, math.prod(shape)) ^ (jnp.uint32(seed + 1) * jnp.uint32(0x9E3779B9))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    unit = (x ^ (x >> 16)).astype(jnp.float32) / 2**31 - 1
+    return (unit * math.sqrt(3)).astype(dtype).reshape(shape)
+
+
 @dataclasses.dataclass(frozen=True)
 class Long:
     """A self-attention of B x T x N x D, K key/value heads."""
@@ -54,10 +67,8 @@ class Long:
 
     def operands(self) -> tuple[jax.Array, ...]:
         """q, k, v, dout and dlse."""
-        keys = jax.random.split(jax.random.key(self.elements), 5)
-        shapes = self.shapes()
-        dlse = jax.random.normal(keys[4], (self.batch, self.heads, self.seqlen), jnp.float32)
-        return (*(jax.random.normal(k, s, DTYPE) for k, s in zip(keys, shapes, strict=False)), dlse)
+        dlse = random(5, (self.batch, self.heads, self.seqlen), "float32")
+        return (*(random(i, shape, DTYPE) for i, shape in enumerate(self.shapes())), dlse)
 
     def windows(self, size: int) -> list[int]:
         """First rows: the ends, and where a row's offset in bytes or elements passes 2^31 or
@@ -246,8 +257,8 @@ def test_every_query_sees_up_to_a_million_keys(interval: bool, worst: dict) -> N
     ends = {"kv_end": jnp.arange(1, problem.seqlen + 1)[None]} if interval else {"causal": True}
     options = {**ends, "return_lse": True, "implementation": "fa4"}
     out, lse = jax.jit(functools.partial(flash_attention, **options))(q, k, v)
-    random = np.random.default_rng(0).integers(0, problem.seqlen, 15)
-    rows = np.r_[0, 191, 192, 2**19 - 1, 2**19, problem.seqlen - np.array([193, 192, 1]), random]
+    drawn = np.random.default_rng(0).integers(0, problem.seqlen, 15)
+    rows = np.r_[0, 191, 192, 2**19 - 1, 2**19, problem.seqlen - np.array([193, 192, 1]), drawn]
     seen = np.arange(problem.seqlen) <= rows[:, None]
 
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
@@ -290,6 +301,13 @@ def test_the_windows_themselves(kind: str) -> None:
     assert not found, found
     wrong = [bool(failures(v)) for _, v in check_windows(problem, broken, window, size)]
     assert wrong == [False, True]
+
+
+def test_random_numbers() -> None:
+    x, y = (np.asarray(random(seed, (3, 1 << 16), "float32"), np.float64) for seed in (0, 1))
+    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
+    others = (y, np.roll(x, 1, 1), np.roll(x, 1, 0))
+    assert all(abs((x * other).mean()) < 0.01 for other in others)
 
 
 def test_windows_are_where_offsets_wrap() -> None:
