@@ -41,7 +41,7 @@ def random(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     x = jax.lax.iota(jnp.uint32, math.prod(shape)) ^ (jnp.uint32(seed + 1) * jnp.uint32(0x9E3779B9))
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    unit = (x ^ (x >> 16)).astype(jnp.float32) / 2**31 - 1
+    unit = (x ^ (x >> 16)).astype(jnp.float32) / 2.0**31 - 1
     return (unit * math.sqrt(3)).astype(dtype).reshape(shape)
 
 
