@@ -323,8 +323,8 @@ ALLOWED = (
         r"fa4_backward_sm90a_",
         r"^(UBLKCP\S* \| LDS\S*|LDS\S* \| UBLKCP\S*)$",
         "one-dimensional bulk copies (lse_log2, dpsum, intervals) land before their mbarrier's "
-        "phase ends, which the reader waits for: racecheck doesn't connect a cp.async.bulk without "
-        "a tensor map to its mbarrier. The values are held by 1,000 bit-equal reruns",
+        "phase ends, which the reader waits for. FlashAttention's AI/RACECHECK_TMA_HAZARD.md: "
+        "racecheck doesn't connect a cp.async.bulk without a tensor map to its mbarrier",
     ),
 )
 

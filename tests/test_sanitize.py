@@ -15,7 +15,7 @@ from fa4_jax._variants import VARIANTS
 
 KERNEL = "fa4_backward_sm90a_bf16_d192_128"
 
-# As compute-sanitizer 2025.3 writes them, shortened.
+# In the form that compute-sanitizer's manual shows, written by hand.
 MEMCHECK = f"""\
 ========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 16 bytes
