@@ -6,7 +6,7 @@ Bound by memory: it reads dq_accum once and writes dq once.
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Int64, cute
 
 from fa4_jax._variants import Split, Variant
 from kernels.common.row_tiles import (
@@ -60,7 +60,8 @@ class BackwardPostprocess:
             for i in cutlass.range_constexpr(count):
                 # Padding rows, too: a branch would keep these loads from being in flight together.
                 row, column = self.place(tile, start + i)
-                accumulator = dq_accum[tile.batch, tile.head, row, None]
+                # Its rows' stride is static, and a head may have more than 2^31 elements.
+                accumulator = dq_accum[tile.batch, tile.head, Int64(row), None]
                 self.load(accumulator, column, values[None, i])
             for i in cutlass.range_constexpr(count):
                 row, column = self.place(tile, start + i)

@@ -13,7 +13,7 @@ Bound by memory: it reads out and dout once and writes dq_accum once.
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Int64, cute
 
 from fa4_jax._variants import Variant
 from kernels.common.row_tiles import (
@@ -104,7 +104,8 @@ class BackwardPreprocess:
         it."""
         thread, _, _ = cute.arch.thread_idx()
         rows = dq_accum[tile.batch, tile.head, None, None]
-        rows = cute.domain_offset((tile.tile_row, 0), rows)
+        # The rows' stride is static, and a head may have more than 2^31 elements.
+        rows = cute.domain_offset((Int64(tile.tile_row), 0), rows)
         elements = self.tile_m * dq_accum.shape[3]
         flat = cute.make_tensor(rows.iterator, cute.make_layout(elements))
         zeros = cute.make_rmem_tensor(4, Float32)
