@@ -7,7 +7,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.nvgpu import cpasync, warp
 
-from kernels.common.fast_math import not_ahead
+from kernels.common.fast_math import not_ahead, round_pair
 from kernels.common.mask import accumulator_coordinates
 from kernels.common.mma_sm90 import LANES_PER_ROW, to_16_bit
 
@@ -118,6 +118,42 @@ def store_pairs(acc: cute.Tensor, to: SlabPairs):
             cute.autovec_copy(
                 pair, cute.make_tensor(to.slab.iterator + offset, cute.make_layout(2))
             )
+
+
+@cute.jit
+def transpose_in_quad(packed: cute.Tensor, lane: Int32):
+    """Four registers of four neighbouring lanes: lane l's register k <- lane k's register l."""
+    for distance in cutlass.range_constexpr(2, 0, -1):
+        upper = (lane & distance) != 0
+        for i in cutlass.range_constexpr(4):
+            if cutlass.const_expr(i & distance == 0):
+                low, high = packed[i], packed[i + distance]
+                received = cute.arch.shuffle_sync_bfly(low if upper else high, offset=distance)
+                packed[i] = received if upper else low
+                packed[i + distance] = high if upper else received
+
+
+@cute.jit
+def accumulator_to_gmem(acc: cute.Tensor, thread: Int32, gmem: cute.Tensor, row: Int32):
+    """Round this thread's part of one warpgroup's accumulator, (2 rows, columns), and store it to
+    `gmem` (rows, columns), from row `row` on. Rows past the array's end are left out.
+
+    A row lies in four lanes, two columns in eight of each. They exchange, so that each has eight
+    neighbouring columns: 16-byte stores, 64 bytes of a row together, and no shared memory.
+    """
+    lane = thread % 32
+    for r in cutlass.range_constexpr(2):
+        for first in cutlass.range_constexpr(0, cute.size(acc, mode=[1]), 8):
+            packed = cute.make_rmem_tensor(4, Int32)
+            for i in cutlass.range_constexpr(4):
+                c = first + 2 * i
+                packed[i] = round_pair(acc[r, c], acc[r, c + 1], gmem.element_type)
+            transpose_in_quad(packed, lane)
+            if row + 8 * r < gmem.shape[0]:
+                place = (row + 8 * r, 4 * first + 8 * (lane % LANES_PER_ROW))
+                target = cute.domain_offset(place, gmem).iterator
+                target = cute.make_tensor(target.align(16), cute.make_layout(8))
+                cute.autovec_copy(cute.recast_tensor(packed, gmem.element_type), target)
 
 
 @cute.jit
