@@ -151,16 +151,15 @@ class Device:
         *,
         schedule: str = "eager",
         check: bool = False,
-        ordered_additions: bool = False,
         free: Mapping[str, int] | None = None,
         num_sms: int = 2,
     ) -> list[np.ndarray]:
         """Call a row through the FFI; returns its results. Raises what the emulated kernel raised.
 
-        `schedule`, `check`, `ordered_additions`: see `launch.Options`. `free`: sizes that the
-        operands don't tell, such as T of backward_postprocess. `num_sms`: multiprocessors of the
-        device, each with one CTA at a time; few, so that a persistent kernel's CTAs compute several
-        tiles.
+        `schedule`, `check`: see `launch.Options`; a deterministic row has ordered additions.
+        `free`: sizes that the operands don't tell, such as T of backward_postprocess. `num_sms`:
+        multiprocessors of the device, each with one CTA at a time; few, so that a persistent
+        kernel's CTAs compute several tiles.
         """
         signature = variant.signature
         sizes = dict(variant.static_dims)
@@ -178,7 +177,8 @@ class Device:
         kinds = {"f32": np.float32, "i32": np.int32}
         attributes = {s.name: kinds[s.kind](scalars[s.name]) for s in signature.attributes}
         self._buffer_names = [b.name for b in (*signature.operands, *signature.results)]
-        self.options = Options(Schedule.parse(schedule), check, num_sms, ordered_additions)
+        ordered = "deterministic" in variant.features
+        self.options = Options(Schedule.parse(schedule), check, num_sms, ordered)
         self.error = None
         self.select(variant)
         if num_sms != self._num_sms:
