@@ -187,6 +187,7 @@ class _Problem:
                 sizes.setdefault(letter, size)
                 axes.setdefault(letter, axis)
         sizes["R"] = _variants.round_up(sizes["T"], _variants.ROW_MULTIPLE)
+        sizes["U"] = 1
         sizes["E"] = _variants.round_up(sizes["D"], _variants.HEAD_DIM_MULTIPLE)
         return cls(sizes, axes, q)
 
@@ -263,7 +264,7 @@ def _forward_kernels(
     interval, chosen = _kernel_interval(spec, q, k, given)
     visible = interval.of_queries if interval else ()
     launch = _Problem.of(*map(jax.typeof, qkv)).launch
-    out, lse = launch(Kernel.forward, spec, *qkv, sinks, *visible, features=chosen)
+    out, lse, *_ = launch(Kernel.forward, spec, *qkv, sinks, *visible, features=chosen)
     return out[..., : v.shape[-1]], lse
 
 

@@ -15,6 +15,7 @@ Dimensions are named by one letter everywhere:
     R  T rounded up to `ROW_MULTIPLE`         E  D rounded up to `HEAD_DIM_MULTIPLE`
     M  blocks of `BLOCK` queries, the last one not full, and J, of keys
     W  4, the width of a range                Z  B, or 0 for an operand that isn't given
+    U  1
 
 R, E, M and J lay out what isn't the user's. They don't depend on an architecture's tiles, because
 the architecture is chosen at run time, in C++, after XLA has allocated every buffer.
@@ -37,7 +38,7 @@ MAX_DIMENSION = 2**30 - 1
 
 # Version of the FFI targets: bump it when a signature changes, so that an exported program never
 # meets a handler that reads its operands differently.
-TARGET_VERSION = 2
+TARGET_VERSION = 3
 
 
 class Kernel(enum.StrEnum):
@@ -102,12 +103,14 @@ class DType(enum.StrEnum):
 class Buffer:
     """One tensor of a kernel: row-major, dimensions named by letter.
 
-    `dtype` None means the variant's own 16-bit type.
+    `dtype` None means the variant's own 16-bit type. A result that is `zeroed` is set to zero by
+    the launcher before the kernel starts.
     """
 
     name: str
     dims: str
     dtype: DType | None = None
+    zeroed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +172,14 @@ _KEY_RANGE = Buffer("key_range", "BMW", DType.i32)
 # Of a block of keys: queries [first, end) hold all that see one of them, and [full_first, full_end)
 # only such as see each of them. Multiples of `BLOCK`.
 _QUERY_RANGE = Buffer("query_range", "BJW", DType.i32)
+# How many tiles a persistent kernel's CTAs have taken from its queue.
+_TILES_TAKEN = Buffer("tiles_taken", "U", DType.i32, zeroed=True)
 # > 0 and finite; the Python layer folds a zero or negative scale into q.
 _SCALE = Scalar("softmax_scale", "f32")
 # > 0 and finite; 1, and not read, where the row hasn't the feature.
 _SOFTCAP = Scalar("softcap", "f32")
 # Query i sees keys j with i + band_lower <= j <= i + band_upper, both clamped to [-T, S]. With
-# `Feature.interval` the intervals are within the band, which only says how tiles differ.
+# `Feature.interval` the intervals are within the band, which isn't read.
 _BAND = (Scalar("band_lower", "i32"), Scalar("band_upper", "i32"))
 # A persistent kernel launches one CTA per multiprocessor.
 _NUM_SMS = Scalar("num_sms", "sms")
@@ -185,9 +190,11 @@ def signature(kernel: Kernel, features: tuple[Feature, ...] = ()) -> Signature:
     if kernel is Kernel.forward:
         # out = softmax(scores, sinks) v; lse is the natural logarithm of the row sums, -inf for a
         # row that sees neither a key nor a sink. Its out is 0.
-        interval = (*_INTERVAL, _KEY_RANGE) if Feature.interval in features else ()
+        has_interval = Feature.interval in features
+        interval = (*_INTERVAL, _KEY_RANGE) if has_interval else ()
+        queue = (_TILES_TAKEN,) if has_interval else ()
         return Signature(
-            (*QKV, _SINKS, *interval), (_OUT, _LSE), (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS)
+            (*QKV, _SINKS, *interval), (_OUT, _LSE, *queue), (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS)
         )
     if kernel is Kernel.backward:
         # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
@@ -224,6 +231,17 @@ class Split(enum.StrEnum):
     """
 
 
+class Epilogue(enum.StrEnum):
+    """How a forward's warpgroup brings its rows of out to global memory."""
+
+    own = enum.auto()
+    """Through shared memory of its own: stored by TMA while the next tile is computed."""
+    over_q = enum.auto()
+    """Through q's, where a warpgroup overwrites rows that it alone has read; the next q waits."""
+    registers = enum.auto()
+    """From registers, four lanes of a row exchanging, so that each stores 16 bytes."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Tuning of one variant: nothing here changes a result by more than rounding."""
@@ -236,6 +254,14 @@ class Tiles:
     """Depth of the shared-memory ring of the operand that the main loop streams."""
     mma_warpgroups: int = 0
     """Consumer warpgroups; one more loads."""
+    q_stages: int = 0
+    """Forward: with two, the next tile's q is there when this one is done."""
+    epilogue: Epilogue = Epilogue.own
+    """Forward."""
+    k_stages: int = 0
+    """Backward: with two, the next key tile's k is loaded before this one is done."""
+    v_stages: int = 0
+    """Backward: with two, the next key tile's v is loaded before this one's last dp."""
     scores_ahead: bool = False
     """Backward: issue the next query tile's scores before this tile's dq and dk."""
     split: Split = Split.rows
@@ -279,6 +305,7 @@ class Variant:
             "V": self.head_dim_v,
             "E": round_up(self.head_dim, HEAD_DIM_MULTIPLE),
             "W": RANGE,
+            "U": 1,
         }
 
 
@@ -317,18 +344,61 @@ def grid(
         )
 
 
-def _by_products(tile_n: int) -> Tiles:
+def _by_products(tile_n: int, key_stages: int) -> Tiles:
     """A backward whose warpgroups divide the products."""
-    return Tiles(tile_m=64, tile_n=tile_n, stages=2, mma_warpgroups=2, split=Split.products)
+    return Tiles(
+        tile_m=64,
+        tile_n=tile_n,
+        stages=2,
+        mma_warpgroups=2,
+        k_stages=key_stages,
+        v_stages=key_stages,
+        split=Split.products,
+    )
 
+
+def _by_keys(tile_m: int, scores_ahead: bool) -> Tiles:
+    """A backward whose warpgroups divide the keys."""
+    return Tiles(
+        tile_m=tile_m,
+        tile_n=128,
+        stages=2,
+        mma_warpgroups=2,
+        k_stages=2,
+        v_stages=1,
+        scores_ahead=scores_ahead,
+    )
+
+
+def _rows(tile_m: int, tile_n: int, q_stages: int, epilogue: Epilogue) -> Tiles:
+    """A forward."""
+    mma_warpgroups = tile_m // 64
+    return Tiles(
+        tile_m=tile_m,
+        tile_n=tile_n,
+        stages=2,
+        mma_warpgroups=mma_warpgroups,
+        q_stages=q_stages,
+        epilogue=epilogue,
+    )
+
+
+_FORWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
+    64: _rows(192, 128, 2, Epilogue.own),
+    96: _rows(128, 128, 2, Epilogue.own),
+    128: _rows(128, 128, 2, Epilogue.own),
+    (192, 128): _rows(128, 128, 1, Epilogue.over_q),
+    192: _rows(128, 112, 1, Epilogue.over_q),
+    256: _rows(128, 80, 1, Epilogue.over_q),
+}
 
 _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
-    64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2, scores_ahead=True),
-    128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
-    96: _by_products(128),
-    (192, 128): _by_products(64),
-    192: _by_products(64),
-    256: _by_products(64),
+    64: _by_keys(128, scores_ahead=True),
+    128: _by_keys(64, scores_ahead=False),
+    96: _by_products(128, key_stages=2),
+    (192, 128): _by_products(64, key_stages=2),
+    192: _by_products(64, key_stages=2),
+    256: _by_products(64, key_stages=1),
 }
 
 # Softcap comes with intervals alone: a band is cheap to write as intervals, a third of the rows
@@ -343,14 +413,7 @@ VARIANTS: tuple[Variant, ...] = (
     *grid(
         Kernel.forward,
         Arch.sm90a,
-        {
-            64: Tiles(tile_m=192, tile_n=128, stages=2, mma_warpgroups=3),
-            96: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
-            128: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
-            (192, 128): Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2),
-            192: Tiles(tile_m=128, tile_n=112, stages=2, mma_warpgroups=2),
-            256: Tiles(tile_m=128, tile_n=80, stages=2, mma_warpgroups=2),
-        },
+        _FORWARD_SM90,
         FEATURE_SETS,
     ),
     *grid(

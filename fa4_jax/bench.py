@@ -27,6 +27,13 @@ Peers are imported where they are named: tokamax, and flash-attn-4, the official
 which runs under PyTorch in this process, on the same arrays.
 
 Nothing is timed unchecked: results must be finite and agree with the first implementation's.
+
+    python -m fa4_jax.bench --host
+
+What a call costs the host, beside a trivial FFI call through the same dispatch: JAX's own
+threefry2x32, which on a GPU is one FFI call with four operands and two results. A round enqueues
+calls on tiny arrays and waits when the clock has stopped, so that nothing but enqueueing is timed;
+a first call, of a shape not seen before, is traced, lowered, compiled, and waited for.
 """
 
 from __future__ import annotations
@@ -48,6 +55,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.extend.random
 import jax.numpy as jnp
 
 from fa4_jax import doctor
@@ -63,6 +71,11 @@ MAX_CALLS_PER_ROUND = 2000
 # Relative L2 distance of two implementations' results above which one of them must be wrong. For
 # XLA and the reference, in bfloat16 at S = 2048, it is 2.5e-3 for out and 3.3e-3 for gradients.
 MAX_DIFFERENCE = 3e-2
+
+# What --host allows a forward beyond a trivial call: microseconds a call, seconds for a first one.
+HOST_LIMITS = (10.0, 0.1)
+# Fewer than a stream holds before it makes the host wait.
+HOST_CALLS = 200
 
 Arrays = tuple[jax.Array, ...]
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -385,6 +398,63 @@ class Harness:
         return ""
 
 
+def host_cost(attend: Attention, rounds: int) -> dict[str, dict[str, float]]:
+    """Host microseconds of a call, and seconds of a shape's first, of a forward and a trivial FFI
+    op: medians of interleaved rounds."""
+
+    def queries(size: int) -> Arrays:
+        return tuple(jnp.ones((1, size, 1, 128), jnp.bfloat16) for _ in range(3))
+
+    def words(size: int) -> Arrays:
+        return tuple(jnp.ones(size, jnp.uint32) for _ in range(4))
+
+    programs = {
+        "trivial": (jax.jit(jax.extend.random.threefry2x32_p.bind), words),
+        "forward": (jax.jit(attend), queries),
+    }
+    calls = {name: [] for name in programs}
+    firsts = {name: [] for name in programs}
+    for i in range(-1, rounds):
+        for name, (function, make) in programs.items():
+            arguments = jax.block_until_ready(make(64 + i))
+            start = time.perf_counter()
+            jax.block_until_ready(function(*arguments))
+            first = time.perf_counter() - start
+            results = [function(*arguments) for _ in range(HOST_CALLS)]
+            jax.block_until_ready(results)
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                function(*arguments)
+            microseconds = (time.perf_counter() - start) * 1e6 / HOST_CALLS
+            jax.block_until_ready(function(*arguments))
+            if i >= 0:  # the round before warms up: it loads a library and a kernel
+                firsts[name].append(first)
+                calls[name].append(microseconds)
+    return {
+        name: {
+            "microseconds": statistics.median(calls[name]),
+            "first_seconds": statistics.median(firsts[name]),
+        }
+        for name in programs
+    }
+
+
+def host_report(costs: dict[str, dict[str, float]]) -> tuple[str, bool]:
+    """What `host_cost` found, as text, and whether it is within `HOST_LIMITS`."""
+    trivial, forward = costs["trivial"], costs["forward"]
+    more = [forward[key] - trivial[key] for key in ("microseconds", "first_seconds")]
+    lines = [
+        f"{name}: {cost['microseconds']:.1f} us a call, {cost['first_seconds']:.3f} s the first "
+        "call of a shape"
+        for name, cost in costs.items()
+    ]
+    lines.append(
+        f"a forward costs {more[0]:.1f} us more (limit {HOST_LIMITS[0]:g}), "
+        f"its first call {more[1]:.3f} s more (limit {HOST_LIMITS[1]:g})"
+    )
+    return "\n".join(lines), all(a <= b for a, b in zip(more, HOST_LIMITS, strict=True))
+
+
 def one_line(error: Exception) -> str:
     """An exception as a short reason."""
     lines = str(error).strip().splitlines() or [""]
@@ -535,6 +605,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tokens", type=positive, default=16384, help="batch * seqlen; default %(default)s")
     add("--cases", type=comma_list(str), help="patterns of case names, such as 'd128-*-causal'")
     add("--list", action="store_true", help="print the names of the cases and exit")
+    add("--host", action="store_true", help="only what a call of the first --impl costs the host")
     add("--rounds", type=positive, default=9, help="default %(default)s")
     add("--round-ms", type=float, default=50.0, help="at least; default %(default)s")
     add("--max-seconds", type=float, default=math.inf, help="start nothing new after this long")
@@ -574,6 +645,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(case.name for case in chosen) or "bench: no case has such a name (--list)")
         return 0 if chosen else 1
     environment = {**doctor.versions(), **doctor.devices(), "commit": commit()}
+    if options.host:
+        costs = host_cost(attention(options.impl[0], causal=True), options.rounds)
+        text, good = host_report(costs)
+        print(", ".join(f"{key} {value}" for key, value in environment.items()), text, sep="\n")
+        if options.json:
+            report = {"environment": environment, "host": costs}
+            options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        return 0 if good else 1
     harness = Harness(options)
     rows = [m.row(harness.dispatch_ms) for m in harness.run(chosen)]
     progress("")

@@ -112,7 +112,7 @@ ffi::Error CheckBuffer(const Kernel& kernel, const Buffer& want, const ffi::AnyB
   }
   const uintptr_t begin = reinterpret_cast<uintptr_t>(got.untyped_data());
   if (bytes == 0) {  // XLA allocates nothing for it
-    *tensor = {nullptr, got.dimensions().begin()};
+    *tensor = {nullptr, got.dimensions().begin(), 0};
     *extent = {0, 0};
     return ffi::Error::Success();
   }
@@ -120,7 +120,7 @@ ffi::Error CheckBuffer(const Kernel& kernel, const Buffer& want, const ffi::AnyB
     return InvalidArgument(kernel.key, ": ", want.name, ": got data pointer ", got.untyped_data(),
                            ", expected a multiple of ", kAlignment, " that isn't null");
   }
-  *tensor = {got.untyped_data(), got.dimensions().begin()};
+  *tensor = {got.untyped_data(), got.dimensions().begin(), bytes};
   *extent = {begin, begin + bytes};
   return ffi::Error::Success();
 }

@@ -4,6 +4,7 @@
 #ifndef FA4_JAX_FFI_CHECK_H_
 #define FA4_JAX_FFI_CHECK_H_
 
+#include <cstddef>
 #include <cstdint>
 
 #include "registry.h"
@@ -16,6 +17,7 @@ struct Call {
   struct Tensor {
     void* data;
     const int64_t* dims;
+    size_t bytes;
   };
   Tensor buffers[kMaxBuffers];       // in the order of Kernel::buffers
   ScalarValue scalars[kMaxScalars];  // those that are attributes

@@ -5,6 +5,8 @@
 #ifndef FA4_JAX_FFI_CUDA_API_H_
 #define FA4_JAX_FFI_CUDA_API_H_
 
+#include <cstddef>
+
 extern "C" {
 struct CUstream_st;
 struct CUlib_st;
@@ -14,6 +16,7 @@ typedef CUlib_st* cudaLibrary_t;
 int cudaSetDevice(int device);
 int cudaDeviceGetAttribute(int* value, int attribute, int device);
 int cudaStreamIsCapturing(cudaStream_t stream, int* capture_status);
+int cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream);
 const char* cudaGetErrorName(int error);
 const char* cudaGetErrorString(int error);
 }

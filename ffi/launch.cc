@@ -68,6 +68,10 @@ int Launch(const Kernel& kernel, const Call& call, int num_sms, cudaStream_t str
     args[num_args++] = &scalars[i];
   }
   for (size_t i = 0; i < kernel.buffers.size(); ++i) {
+    if (kernel.buffers[i].zeroed) {
+      const int error = cudaMemsetAsync(call.buffers[i].data, 0, call.buffers[i].bytes, stream);
+      if (error != kCudaSuccess) return error;
+    }
     tensors[i].Fill(kernel.buffers[i], call.buffers[i]);
     args[num_args++] = tensors[i].data();
   }

@@ -8,8 +8,8 @@
 
 namespace fa4_jax {
 
-// Calls the kernel's exported host function, which launches it on the stream of a device with
-// `num_sms` multiprocessors. Returns a cudaError.
+// Clears the results that start from zero, then calls the kernel's exported host function, which
+// launches it, both on the stream of a device with `num_sms` multiprocessors. Returns a cudaError.
 int Launch(const Kernel& kernel, const Call& call, int num_sms, cudaStream_t stream);
 
 }  // namespace fa4_jax

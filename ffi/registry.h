@@ -49,6 +49,7 @@ struct Buffer {
   ffi::DataType dtype;
   int rank;
   Dim dims[kMaxRank];
+  bool zeroed = false;  // a result that is set to zero before the launch
 };
 
 // A relation between the sizes of two letters.

@@ -13,7 +13,7 @@ Bound by memory: it reads out and dout once and writes dq_accum once.
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Int64, cute
 
 from fa4_jax._variants import Variant
 from kernels.common.row_tiles import (
@@ -70,7 +70,7 @@ class BackwardPreprocess:
     ):
         _, heads, padded_rows, _ = dq_accum.shape
         tile = row_tile(padded_rows, heads, self.head_dim_v, self.tile_m)
-        self.zero(dq_accum, tile, padded_rows)
+        self.zero(dq_accum, tile)
         lanes = lanes_per_row(self.head_dim_v)
         step = rows_per_pass(self.head_dim_v)
         batch = BATCH * columns_per_pass(self.head_dim_v) // self.head_dim_v * step
@@ -98,15 +98,14 @@ class BackwardPreprocess:
                     lse_log2[tile.batch, tile.head, row] = log_sum
 
     @cute.jit
-    def zero(self, dq_accum: cute.Tensor, tile: RowTile, padded_rows: Int32):
+    def zero(self, dq_accum: cute.Tensor, tile: RowTile):
         """Zero the tile's rows of dq_accum, which are contiguous: neighbouring lanes write
         neighbouring 16 bytes, whatever the head dim. Before anything is read: nobody waits for
         it."""
         thread, _, _ = cute.arch.thread_idx()
-        block, _, _ = cute.arch.block_idx()
-        first_row = block % (padded_rows // self.tile_m) * self.tile_m
         rows = dq_accum[tile.batch, tile.head, None, None]
-        rows = cute.domain_offset((first_row, 0), rows)
+        # The rows' stride is static, and a head may have more than 2^31 elements.
+        rows = cute.domain_offset((Int64(tile.tile_row), 0), rows)
         elements = self.tile_m * dq_accum.shape[3]
         flat = cute.make_tensor(rows.iterator, cute.make_layout(elements))
         zeros = cute.make_rmem_tensor(4, Float32)

@@ -29,8 +29,8 @@ are computed already.
 
     load --[q, lse_log2]--> compute   `stages` deep; with the queries' intervals, if they have any
     load --[dout, dpsum]--> compute   `stages` deep
-    load --[k]--> compute             two stages, with a key tile's first q
-    load --[v]--> compute             one stage, with a key tile's first dout
+    load --[k]--> compute             with a key tile's first q, `k_stages` deep
+    load --[v]--> compute             with a key tile's first dout, `v_stages` deep
     compute --[dS]--> compute         q's stages: a warpgroup may write the next dS while the other
                                       still multiplies by this one
     compute --[dq]--> store_dq        one slab per warpgroup, named barriers
@@ -60,7 +60,6 @@ from kernels.common.copy_sm90 import (
 )
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
-    KeyTile,
     Operands,
     Problem,
     Scalars,
@@ -162,10 +161,10 @@ class BackwardSm90:
         self.registers = register_split(self.warpgroups)
         # dq is tile_m x head_dim: warpgroups split its rows if there are enough, else its columns.
         self.dq_atoms = (self.tile_m // DQ_SLAB, self.head_dim // DQ_SLAB, 1)
-        # k is read until a tile's end, v until its last dp: then the next one is loaded.
-        self.k_stages, self.v_stages = 2, 1
+        self.k_stages, self.v_stages = variant.tiles.k_stages, variant.tiles.v_stages
         assert self.tile_n == 64 * self.warpgroups, "a warpgroup owns 64 keys"
         assert self.stages >= 2, "dS, too, is written before the last one has been read"
+        assert self.k_stages == 2 or not self.scores_ahead, "two key tiles' scores"
         assert self.dq_atoms[0] * self.dq_atoms[1] == self.warpgroups, (
             "a warpgroup computes one dq slab"
         )
@@ -473,7 +472,10 @@ class BackwardSm90:
                             q_slot.release()
                 k_stage, v_stage = following, next_stage(v_stage, s_v)
             dk.store(dk.load() * tile.scalars.softmax_scale)
-            self.store_gradients((dk, dv), (thread % WARPGROUP, group), tile, stores)
+            row = tile.n_block * self.tile_n + coords.row
+            for gradient, array in ((dk, stores.dk), (dv, stores.dv)):
+                array = array[None, None, tile.kv_head, tile.batch]
+                accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)
             ticket = next_ticket(problem.order, ticket)
         if const_expr(self.scores_ahead):
             q_consumer.release()
@@ -486,21 +488,6 @@ class BackwardSm90:
         store_pairs(rows_and_columns(dq), s_dq)
         cute.arch.fence_view_async_shared()
         cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=threads)
-
-    @cute.jit
-    def store_gradients(
-        self,
-        gradients: tuple,
-        place: tuple[Int32, Int32],
-        tile: KeyTile,
-        stores: Stores,
-    ):
-        """A warpgroup's 64 keys of dk and dv, `place` (thread, warpgroup)."""
-        thread, group = place
-        first = tile.n_block * self.tile_n + 64 * group
-        for gradient, g in zip(gradients, (stores.dk, stores.dv), strict=True):
-            g = cute.domain_offset((first, 0), g[None, None, tile.kv_head, tile.batch])
-            accumulator_to_gmem(gradient, g, thread, tile.seqlen_k - first)
 
     @cute.jit
     def store_dq(self, stores: Stores, smem: Smem, problem: Problem):

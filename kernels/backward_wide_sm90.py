@@ -15,8 +15,8 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
 
     load --[q, lse_log2]--> both                 `stages` deep; with the intervals, if any
     load --[dout, dpsum]--> both                 `stages` deep
-    load --[k]--> both                           with a key tile's first q; two stages, or one
-    load --[v]--> gradients                      with a key tile's first dout, likewise
+    load --[k]--> both                           with a key tile's first q, `k_stages` deep
+    load --[v]--> gradients                      with a key tile's first dout, `v_stages` deep
     probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL; with a softcap,
                                                  p (1 - t^2): see `key_tile`
     gradients --[dS]--> both                     one stage, named barrier DS_FULL
@@ -77,6 +77,7 @@ from kernels.common.key_tile import (
 )
 from kernels.common.mask import Band, accumulator_coordinates
 from kernels.common.mma_sm90 import (
+    LANES_PER_ROW,
     as_a_operand,
     issue_gemm,
     make_accumulator,
@@ -84,12 +85,7 @@ from kernels.common.mma_sm90 import (
     stage,
     to_16_bit,
 )
-from kernels.common.pipelines import (
-    SHARED_MEMORY,
-    WARPGROUP,
-    load_tile_pipeline,
-    register_split,
-)
+from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.scheduler import first_ticket, last_ticket, next_ticket
 
 # Named barriers; 0 is sync_threads.
@@ -163,13 +159,7 @@ class BackwardWideSm90:
         self.dq_parts = tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
         assert sum(widths) == self.head_dim
         self.width = variant.static_dims["E"]
-        # Of k and v. At d=256, where one set fits, the next tile's v is loaded from a tile's last
-        # dp on, and its k from its last dq on.
-        per_row = (self.head_dim + self.head_dim_v) * self.dtype.width // 8
-        dq_operand, p = (self.tile_m * self.tile_n * x // 8 for x in (self.dtype.width, 32))
-        rest = self.stages * self.tile_m * per_row + dq_operand + p + 4096  # rows, barriers
-        fits = rest + 2 * self.tile_n * per_row <= SHARED_MEMORY
-        self.key_stages = 2 if fits else 1
+        self.k_stages, self.v_stages = variant.tiles.k_stages, variant.tiles.v_stages
         assert self.tile_m == TILE_M and self.tile_n % 64 == 0
         assert variant.tiles.mma_warpgroups == 2, "the products are divided into two"
 
@@ -250,9 +240,9 @@ class BackwardWideSm90:
             q_t=b(col_major, (n, d, m), self.dtype, self.stages),
             dout=b(row_major, (n, m, dv), self.dtype, self.stages),
             dout_t=b(col_major, (n, dv, m), self.dtype, self.stages),
-            k=a(row_major, (n, m, d), self.dtype, self.key_stages),
-            k_t=b(col_major, (m, d, n), self.dtype, self.key_stages),
-            v=a(row_major, (n, m, dv), self.dtype, self.key_stages),
+            k=a(row_major, (n, m, d), self.dtype, self.k_stages),
+            k_t=b(col_major, (m, d, n), self.dtype, self.k_stages),
+            v=a(row_major, (n, m, dv), self.dtype, self.v_stages),
             ds=a(row_major, (n, d, m), self.dtype, 1),
             ds_t=a(col_major, (m, d, n), self.dtype, 1),
         )
@@ -462,7 +452,7 @@ class BackwardWideSm90:
         s_ds = ds_copy.get_slice(thread).partition_D(smem.ds[None, None, 0])
         s_dpsum = column_statistic(smem.rows.dpsum, scores_thread, self.tile_n)
         s_p = smem.p[None, None, None, thread]
-        key_stage = Int32(0)
+        k_stage, v_stage = Int32(0), Int32(0)
         ticket, last_ticket_ = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last_ticket_:
             tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
@@ -472,8 +462,8 @@ class BackwardWideSm90:
             if blocks.end == blocks.begin:
                 self.store_gradient(dk, results.dk, thread, tile)
             else:
-                v_tile = resident(f_v, key_stage)
-                dq_tile = [(ds_t, resident(k_t, key_stage)) for ds_t, k_t in f_dq]
+                v_tile = resident(f_v, v_stage)
+                dq_tile = [(ds_t, resident(k_t, k_stage)) for ds_t, k_t in f_dq]
                 dout_slot = dout_consumer.wait_and_advance()
                 first_dout = stage(f_dout, dout_slot)
                 issue_gemm(mma.scores, dp, v_tile, first_dout, zero=True)
@@ -527,7 +517,8 @@ class BackwardWideSm90:
                         m, g_dq = self.next_visit(tile, m, g_dq, wrap)
                 dk.store(dk.load() * tile.scalars.softmax_scale)
                 self.store_gradient(dk, results.dk, thread, tile)
-                key_stage = next_stage(key_stage, s_v)
+                k_stage = next_stage(k_stage, smem.operands.k)
+                v_stage = next_stage(v_stage, s_v)
             ticket = next_ticket(problem.order, ticket)
 
     def visits(self, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
@@ -621,6 +612,6 @@ class BackwardWideSm90:
         self, gradient: cute.Tensor, array: cute.Tensor, thread: Int32, tile: KeyTile
     ):
         """A key tile's dk or dv."""
-        first = tile.n_block * self.tile_n
-        g = cute.domain_offset((first, 0), array[None, None, tile.kv_head, tile.batch])
-        accumulator_to_gmem(gradient, g, thread, tile.seqlen_k - first)
+        row = tile.n_block * self.tile_n + thread // 32 * 16 + thread % 32 // LANES_PER_ROW
+        array = array[None, None, tile.kv_head, tile.batch]
+        accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)

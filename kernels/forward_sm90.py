@@ -19,26 +19,24 @@ others compute and the next tile's q, k and v arrive.
     load --[k]--> consume      `stages` deep
     load --[v]--> consume      `stages` deep
 
-Shared memory: the k and v rings, two q and one out, where they fit (head dims up to 128): the next
-tile's q is there when a warpgroup is done with this one, and out has been stored long before the
-next. Else there is one q and out takes its place, a warpgroup overwriting only rows that it alone
-reads; the next q is loaded when out has been read. A warp stores its own 16 rows of out, so that no
-warp waits for another.
+Shared memory: the k and v rings, one or two q (`Tiles.q_stages`), and out, if `Tiles.epilogue` says
+so. A warp stores its own 16 rows of out, so that no warp waits for another.
 """
 
 from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute, pipeline
+from cutlass import Float32, Int32, Int64, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
-from fa4_jax._variants import Feature, Variant
+from fa4_jax._variants import Epilogue, Feature, Variant
 from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
 from kernels.common.copy_sm90 import (
+    accumulator_to_gmem,
     accumulator_to_smem,
     tma_atom,
     tma_store_begin,
@@ -63,22 +61,24 @@ from kernels.common.mma_sm90 import (
     stage,
     to_16_bit,
 )
-from kernels.common.pipelines import (
-    SHARED_MEMORY,
-    WARPGROUP,
-    load_tile_pipeline,
-    register_split,
-)
+from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.scheduler import (
     TileOrder,
+    TileQueue,
+    announce,
     first_ticket,
     last_ticket,
     next_ticket,
+    open_queue,
     place_of,
+    queue_storage,
+    reserve,
     tile_order,
+    tile_queue,
 )
 from kernels.common.softmax import (
     LOG2_E,
+    OnlineSoftmax,
     finish,
     make_online_softmax,
     online_softmax,
@@ -112,7 +112,14 @@ class Smem(NamedTuple):
     q: cute.Tensor
     k: cute.Tensor
     v: cute.Tensor
+    out: cute.Tensor | None
+
+
+class Results(NamedTuple):
+    """In global memory: out (rows, V, head, batch), lse (batch, head, rows)."""
+
     out: cute.Tensor
+    lse: cute.Tensor
 
 
 class Layouts(NamedTuple):
@@ -142,7 +149,7 @@ class QueryIntervals(NamedTuple):
 class Problem(NamedTuple):
     """What all tiles share: their order, the run-time sizes and scalars, and what a query sees."""
 
-    order: TileOrder
+    order: TileOrder | TileQueue
     heads: cute.FastDivmodDivisorV2
     group: cute.FastDivmodDivisorV2  # query heads per key/value head
     seqlen_q: Int32
@@ -177,13 +184,11 @@ class ForwardSm90:
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
-        elements = self.stages * self.tile_n * (self.head_dim + self.head_dim_v)
-        elements += self.tile_m * (2 * self.head_dim + self.head_dim_v)
-        barriers = 1024
-        self.own_out = elements * self.dtype.width // 8 + barriers <= SHARED_MEMORY
-        self.q_stages = 2 if self.own_out else 1
+        self.q_stages, self.epilogue = variant.tiles.q_stages, variant.tiles.epilogue
         assert self.tile_m == 64 * self.warpgroups, "a consumer warpgroup owns 64 query rows"
-        assert self.own_out or self.head_dim_v <= self.head_dim, "out takes q's place"
+        assert self.epilogue is not Epilogue.over_q or (
+            self.head_dim_v <= self.head_dim and self.q_stages == 1
+        ), "out takes q's place"
 
     @cute.jit
     def __call__(  # noqa: PLR0913 - the C ABI is flat
@@ -196,7 +201,7 @@ class ForwardSm90:
         num_sms: Int32,
         *buffers: cute.Tensor,
     ):
-        q, k, v, sinks, *intervals, out, lse = buffers
+        q, k, v, sinks, *intervals, out, lse = buffers[: len(buffers) - self.has_intervals]
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
         # operand of p v.
         q, k, out = (
@@ -244,8 +249,12 @@ class ForwardSm90:
             *tma_atom(store, out, rows_layout(*warp_tile), warp_tile),
         )
 
+        ring, ring_barriers = queue_storage(self.has_intervals)
+
         @cute.struct
         class Storage:
+            tile_ring: ring
+            tile_barriers: ring_barriers
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
@@ -253,18 +262,28 @@ class ForwardSm90:
             k: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.k)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.v)], 1024]
             out: cute.struct.Align[
-                cute.struct.MemRange[self.dtype, cute.cosize(layouts.out) if self.own_out else 0],
+                cute.struct.MemRange[
+                    self.dtype,
+                    cute.cosize(layouts.out) if self.epilogue is Epilogue.own else 0,
+                ],
                 1024,
             ]
 
         self.storage = Storage
         seqlen_q, _, heads, batch = q.shape
         seqlen_k, _, kv_heads, _ = k.shape
-        # A band that only one side bounds is longer for some queries than for others.
-        bounded_below, bounded_above = band_lower > -seqlen_q + 1, band_upper < seqlen_k - 1
-        even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
+        blocks = cute.ceil_div(seqlen_q, self.tile_m)
+        if const_expr(self.has_intervals):
+            read = Int64(seqlen_k) * ((self.head_dim + self.head_dim_v) * self.dtype.width // 8)
+            sharing = (heads * batch, heads // kv_heads)
+            order = tile_queue(blocks, sharing, read, num_sms, buffers[-1])
+        else:
+            # A band that only one side bounds is longer for some queries than for others.
+            bounded_below, bounded_above = band_lower > -seqlen_q + 1, band_upper < seqlen_k - 1
+            even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
+            order = tile_order(blocks, heads * batch, even, num_sms)
         problem = Problem(
-            order=tile_order(cute.ceil_div(seqlen_q, self.tile_m), heads * batch, even, num_sms),
+            order=order,
             heads=cute.fast_divmod_create_divisor_v2(heads),
             group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
             seqlen_q=seqlen_q,
@@ -275,7 +294,7 @@ class ForwardSm90:
             band=Band(band_lower, band_upper),
             intervals=QueryIntervals(*intervals) if const_expr(self.has_intervals) else (),
         )
-        self.kernel(tma, mma, layouts, lse, problem).launch(
+        self.kernel(tma, mma, layouts, Results(out, lse), problem).launch(
             grid=(problem.order.ctas, 1, 1),
             block=(self.threads, 1, 1),
             stream=stream,
@@ -283,21 +302,27 @@ class ForwardSm90:
         )
 
     @cute.kernel
-    def kernel(self, tma: Tma, mma: Mma, layouts: Layouts, lse: cute.Tensor, problem: Problem):
+    def kernel(self, tma: Tma, mma: Mma, layouts: Layouts, results: Results, problem: Problem):
         thread, _, _ = cute.arch.thread_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = SmemAllocator().allocate(self.storage)
-        s_out = storage.out if const_expr(self.own_out) else storage.q
+        s_out = storage.q if const_expr(self.epilogue is Epilogue.over_q) else storage.out
         smem = Smem(
             storage.q.get_tensor(layouts.q.outer, swizzle=layouts.q.inner),
             storage.k.get_tensor(layouts.k.outer, swizzle=layouts.k.inner),
             storage.v.get_tensor(layouts.v.outer, swizzle=layouts.v.inner),
-            s_out.get_tensor(layouts.out.outer, swizzle=layouts.out.inner),
+            None
+            if const_expr(self.epilogue is Epilogue.registers)
+            else s_out.get_tensor(layouts.out.outer, swizzle=layouts.out.inner),
         )
         consumer_warps = 4 * self.warpgroups
         q_pipe = load_tile_pipeline(storage.q_barriers, layouts.q, self.dtype, consumer_warps)
         k_pipe = load_tile_pipeline(storage.k_barriers, layouts.k, self.dtype, consumer_warps)
         v_pipe = load_tile_pipeline(storage.v_barriers, layouts.v, self.dtype, consumer_warps)
+        if const_expr(self.has_intervals):
+            places = (storage.tile_ring, storage.tile_barriers)
+            order = open_queue(problem.order, *places, consumer_warps)
+            problem = problem._replace(order=order)
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
@@ -308,7 +333,7 @@ class ForwardSm90:
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
             consumers = (q_pipe[1], k_pipe[1], v_pipe[1])
-            self.consume(thread - WARPGROUP, mma, smem, consumers, tma, lse, problem)
+            self.consume(thread - WARPGROUP, mma, smem, consumers, tma, results, problem)
 
     @cute.jit
     def tile(self, problem: Problem, ticket: Int32) -> Tile:
@@ -338,6 +363,7 @@ class ForwardSm90:
         q_producer, k_producer, v_producer = producers
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
+            reserved = reserve(problem.order)
             tile = self.tile(problem, ticket)
             g_q = cute.local_tile(
                 tma.g_q[None, None, tile.head, tile.batch],
@@ -375,7 +401,7 @@ class ForwardSm90:
                 slot = v_producer.acquire_and_advance()
                 n = blocks.begin
                 cute.copy(tma.v, g_v[None, n], s_v[None, slot.index], tma_bar_ptr=slot.barrier)
-            ticket = next_ticket(problem.order, ticket)
+            ticket = announce(problem.order, ticket, reserved)
         k_producer.tail()
         v_producer.tail()
 
@@ -387,7 +413,7 @@ class ForwardSm90:
         smem: Smem,
         consumers: tuple,
         tma: Tma,
-        lse: cute.Tensor,
+        results: Results,
         problem: Problem,
     ):
         """Scores, softmax and out of this warpgroup's 64 rows of every tile."""
@@ -458,16 +484,21 @@ class ForwardSm90:
                 warpgroup.wait_group(0)
                 v_slot.release()
 
-            finish(softmax, problem.softmax_scale, self.sink(tile, problem))
-            if const_expr(self.has_intervals):
-                spoil(softmax, seen)
+            if const_expr(self.epilogue is not Epilogue.over_q):
+                q_slot.release()
+            self.normalise(softmax, seen, tile, problem)
             rescale(acc_rows, softmax.decay)
             first_row = tile.m_block * self.tile_m
             extent = problem.seqlen_q - first_row
-            g_lse = cute.domain_offset((first_row,), lse[tile.batch, tile.head, None])
+            g_lse = cute.domain_offset((first_row,), results.lse[tile.batch, tile.head, None])
             self.store_lse(softmax.row_max, coords, g_lse, extent)
-            self.store_out(thread, mma, smem, tile, tma, acc)
-            q_slot.release()
+            if const_expr(self.epilogue is Epilogue.registers):
+                g_out = results.out[None, None, tile.head, tile.batch]
+                accumulator_to_gmem(acc_rows, thread, g_out, first_row + coords.row)
+            else:
+                self.store_out(thread, mma, smem, tile, tma, acc)
+            if const_expr(self.epilogue is Epilogue.over_q):
+                q_slot.release()
             ticket = next_ticket(problem.order, ticket)
         self.last_turn(group)
         tma_store_wait()
@@ -515,6 +546,15 @@ class ForwardSm90:
         mask_scores(rows_and_columns(scores), coords, seen, extent)
 
     @cute.jit
+    def normalise(
+        self, softmax: OnlineSoftmax, seen: Band | Intervals, tile: Tile, problem: Problem
+    ):
+        """The factors of the rows of out, and lse; NaN in broken rows."""
+        finish(softmax, problem.softmax_scale, self.sink(tile, problem))
+        if const_expr(self.has_intervals):
+            spoil(softmax, seen)
+
+    @cute.jit
     def sink(self, tile: Tile, problem: Problem) -> Float32:
         """The head's sink, -inf if there is none."""
         sink = -Float32.inf
@@ -539,7 +579,7 @@ class ForwardSm90:
         """acc -> 16 bit -> shared memory (stmatrix) -> TMA store of this warp's rows, which clips
         those past seqlen_q. The memory is free again before the next store into it, or, where it is
         q's, when this returns."""
-        if const_expr(self.own_out):
+        if const_expr(self.epilogue is Epilogue.own):
             tma_store_wait()
         s_out = smem.out[None, None, 0]
         accumulator_to_smem(acc, mma.out, thread, s_out)
@@ -551,7 +591,7 @@ class ForwardSm90:
         g_place = (tile.m_block * (self.tile_m // WARP_ROWS) + warp, 0)
         g_out = cute.local_tile(g_out, tile_shape, g_place)
         tma_store_begin(tma.out, cute.local_tile(s_out, tile_shape, (warp, 0)), g_out)
-        if const_expr(not self.own_out):
+        if const_expr(self.epilogue is Epilogue.over_q):
             tma_store_wait()
 
     @cute.jit

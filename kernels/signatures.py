@@ -193,7 +193,8 @@ def _row_arrays(variant: Variant) -> str:
 def _buffer(variant: Variant, buffer: Buffer) -> str:
     dims = ", ".join(f"{{'{d}', {variant.static_dims.get(d, 0)}}}" for d in buffer.dims)
     dtype = _FFI_DTYPES[buffer_dtype(variant, buffer)]
-    return f'{{"{buffer.name}", DataType::{dtype}, {len(buffer.dims)}, {{{dims}}}}}'
+    zeroed = ", true" if buffer.zeroed else ""
+    return f'{{"{buffer.name}", DataType::{dtype}, {len(buffer.dims)}, {{{dims}}}{zeroed}}}'
 
 
 def _rules(variant: Variant) -> list[str]:

@@ -45,6 +45,15 @@ ROUNDS, ROUND_SECONDS = 7, 0.03
 MAX_DIFFERENCE = 1e-2
 
 
+# What makes a field of `Tiles` of its text, or of what JSON keeps of it.
+_KINDS: Mapping[str, Callable[[Any], Any]] = {
+    field.name: {"bool": lambda text: bool(int(text))}.get(
+        str(field.type), getattr(_variants, str(field.type), int)
+    )
+    for field in dataclasses.fields(Tiles)
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate(Variant):
     """A row with other tiles, under a key of its own."""
@@ -64,8 +73,12 @@ def candidates(row: Variant, axes: Mapping[str, Sequence[Any]]) -> Iterator[Cand
         chosen = dict(zip(axes, values, strict=True))
         tiles = dataclasses.replace(row.tiles, **chosen)
         if tiles != row.tiles:
-            label = "_".join(f"{name}{int(value)}" for name, value in chosen.items())
+            label = "_".join(f"{name}{_text(value)}" for name, value in chosen.items())
             yield Candidate(**{**fields, "tiles": tiles}, label=label)
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def refusal(report: kernels_build.Report | kernels_build.Failure, arch: Arch) -> str:
@@ -164,7 +177,7 @@ class Launches:
 
         signature = variant.signature
         sizes = {**shape.sizes, **variant.static_dims}
-        rng = np.random.default_rng(0)
+        keys = iter(jax.random.split(jax.random.key(0), len(signature.operands)))
 
         def dims(buffer: _variants.Buffer) -> tuple[int, ...]:
             return tuple(sizes[letter] for letter in buffer.dims)
@@ -175,11 +188,10 @@ class Launches:
         def random(buffer: _variants.Buffer) -> jax.Array:
             if buffer.dtype is _variants.DType.i32:
                 raise SystemExit(f"{variant.name} takes intervals; tune the row without them")
-            x = rng.standard_normal(dims(buffer), np.float32)
-            # Statistics as a forward leaves them: probabilities of 1 / S.
-            return jnp.asarray(
-                x * 0 + math.log2(sizes["S"]) if buffer.name == "lse_log2" else x, dtype(buffer)
-            )
+            if buffer.name == "lse_log2":  # as a forward leaves it: probabilities of 1 / S
+                return jnp.full(dims(buffer), math.log2(sizes["S"]), dtype(buffer))
+            # Made where it is needed: a billion elements take NumPy ten seconds.
+            return jax.random.normal(next(keys), dims(buffer), dtype(buffer))
 
         values = {
             "softmax_scale": np.float32(1 / math.sqrt(variant.head_dim)),
@@ -245,7 +257,7 @@ def measure(folder: pathlib.Path, shapes: Sequence[Shape]) -> int:
     fields = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     running, refused = {}, []
     for fact in facts["candidates"]:
-        tiles = Tiles(**{**fact["tiles"], "split": _variants.Split(fact["tiles"]["split"])})
+        tiles = Tiles(**{name: _KINDS[name](value) for name, value in fact["tiles"].items()})
         if fact["refused"]:
             refused.append(f"{fact['label']}: {fact['refused']}")
         else:
@@ -319,12 +331,14 @@ def _print_log(
 def _axis(text: str) -> tuple[str, list[Any]]:
     """`tile_n=96,128` as a field of `Tiles` and its values."""
     name, _, values = text.partition("=")
-    kinds = {field.name: field.type for field in dataclasses.fields(Tiles)}
-    if kinds.get(name) not in ("int", "bool") or not values:
-        choices = ", ".join(n for n, kind in kinds.items() if kind in ("int", "bool"))
-        raise argparse.ArgumentTypeError(f"{text!r}: expected FIELD=VALUE,... of {choices}")
-    numbers = [int(value) for value in values.split(",")]
-    return name, [bool(n) for n in numbers] if kinds[name] == "bool" else numbers
+    if name not in _KINDS or not values:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected FIELD=VALUE,... of {', '.join(_KINDS)}"
+        )
+    try:
+        return name, [_KINDS[name](value) for value in values.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

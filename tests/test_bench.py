@@ -179,3 +179,21 @@ def test_bad_options_are_refused(capsys):
             bench.main(arguments.split())
         assert error.value.code == 2
     assert bench.main(["--cases", "no-such-case"]) == 1
+
+
+def test_what_a_call_costs_the_host(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    bench.main(["--host", "--impl", "xla", "--rounds", "3", "--json", str(path)])
+    costs = json.loads(path.read_text())["host"]
+    assert set(costs) == {"trivial", "forward"}
+    # Compiling takes longer than calling what was compiled.
+    assert all(c["first_seconds"] * 1e6 > 3 * c["microseconds"] > 0 for c in costs.values())
+    assert "us more (limit 10)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("microseconds", "seconds"), [(9, 0.09), (11, 0.09), (9, 0.11)])
+def test_the_host_limits(microseconds, seconds):
+    trivial = {"microseconds": 20.0, "first_seconds": 0.05}
+    forward = {"microseconds": 20.0 + microseconds, "first_seconds": 0.05 + seconds}
+    _, good = bench.host_report({"trivial": trivial, "forward": forward})
+    assert good == (microseconds < 10 and seconds < 0.1)

@@ -87,7 +87,7 @@ def test_deadlock_at_a_named_barrier() -> None:
 
 def test_roles_are_named() -> None:
     with pytest.raises(Deadlock, match=r"warp 0 \(load\) of CTA"):
-        run("bar.sync 1, 96;", roles=lambda warp: ("load", "mma")[warp])
+        run("bar.sync 1, 96;", warps={"roles": ("load", "mma").__getitem__})
 
 
 def test_the_message_has_kernel_warp_line_and_instruction() -> None:
@@ -368,14 +368,18 @@ OUT:"""
 
 def test_race_between_ctas_in_global_memory() -> None:
     both = "st.global.b64 [%in0], %d1;"
-    with pytest.raises(
-        RaceError, match="global memory race: write of p0 at byte 0, which CTA 0 wrote"
-    ):
-        run(both, np.zeros(4, np.uint64), grid=2)
+    pattern = (
+        r"global memory race on p0 at byte 0: write by warp {} \(PTX line \d+\) is not ordered "
+    )
+    pattern += r"after the write by warp 0 \(warp\) of CTA \(0, 0, 0\) \(PTX line \d+\)"
+    with pytest.raises(RaceError, match=pattern.format(r"0 \(warp\) of CTA \(1, 0, 0\)")):
+        run(both, np.zeros(4, np.uint64), grid=2, block=32)
+    with pytest.raises(RaceError, match=pattern.format(r"1 \(warp\) of CTA \(0, 0, 0\)")):
+        run(both, np.zeros(4, np.uint64), block=64)
     own = "mov.u32 %r1, %ctaid.x; mul.wide.u32 %d2, %r1, 8; add.s64 %d3, %in0, %d2; st.global.b64 [%d3], %d2;"
-    run(own, np.zeros(4, np.uint64), grid=2)
+    run(own, np.zeros(4, np.uint64), grid=2, block=32)
     run("red.global.add.u32 [%in0], 1;", np.zeros(4, np.uint64), grid=2)
-    with pytest.raises(RaceError, match="race: reduce of p0 at byte 0, which CTA 0 read"):
+    with pytest.raises(RaceError, match="reduction by .* is not ordered after the read by warp 0"):
         run(
             "red.global.add.u32 [%in0], 1; ld.global.b32 %r1, [%in0];",
             np.zeros(4, np.uint64),
@@ -390,11 +394,11 @@ def test_register_budget() -> None:
     """64 threads of 64 registers: 2 x 32 x 40 given back pay for 2 x 32 x 32 more, not for 48
     more."""
     body = SPLIT_WARPS + "@%p1 bra MORE; setmaxnreg.dec.sync.aligned.u32 24; bra OUT; MORE:"
-    run(body + "setmaxnreg.inc.sync.aligned.u32 104; OUT:", registers_per_thread=64)
+    run(body + "setmaxnreg.inc.sync.aligned.u32 104; OUT:", warps={"registers_per_thread": 64})
     with pytest.raises(
         Deadlock, match="setmaxnreg.inc to 112: 1536 more registers, 1280 registers are free"
     ):
-        run(body + "setmaxnreg.inc.sync.aligned.u32 112; OUT:", registers_per_thread=64)
+        run(body + "setmaxnreg.inc.sync.aligned.u32 112; OUT:", warps={"registers_per_thread": 64})
 
 
 @pytest.mark.parametrize(
@@ -402,7 +406,7 @@ def test_register_budget() -> None:
 )
 def test_wrong_register_counts(instruction: str) -> None:
     with pytest.raises(ProtocolError, match="setmaxnreg"):
-        run(f"setmaxnreg.{instruction};", registers_per_thread=64)
+        run(f"setmaxnreg.{instruction};", warps={"registers_per_thread": 64})
 
 
 def test_lanes_at_different_sync_instructions() -> None:

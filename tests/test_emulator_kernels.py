@@ -236,7 +236,7 @@ def assert_same_in_every_schedule(
     """The results of the case's other schedules are those of the eager one; `sums` up to the order
     of additions."""
     for schedule in case.schedules:
-        others = row(*arguments, schedule=schedule, **keywords)
+        others = row(*arguments, schedule=schedule, **keywords)[: len(results)]
         for index, (result, other) in enumerate(zip(results, others, strict=True)):
             if index in sums:
                 tolerance = 4e-7 * max(np.nanmax(np.abs(result)), 1e-30) * 16
@@ -263,7 +263,7 @@ def check_forward(emulated, variant: Variant, case: Case) -> None:
     values = scalars(variant, case)
     arguments = (q, k, v, no_sinks(case) if case.sinks is None else case.sinks)
     arguments += interval_operands(variant, case)
-    results = row(arguments, values, check=True)
+    results = row(arguments, values, check=True)[:2]
     masked = (case.seen, values["softmax_scale"], case.sinks, softcap_of(variant, case))
     baseline = xla_attention(q, k, v, *masked)[0], tensor_core_lse(q, k, *masked)
     verdicts = []

@@ -36,7 +36,7 @@ from fa4_jax._variants import (
 )
 from kernels import manifest as build_manifest
 
-SET_DEVICE, GET_ATTRIBUTE, IS_CAPTURING, INIT, LOAD_TO_DEVICE, LAUNCH = range(6)
+SET_DEVICE, GET_ATTRIBUTE, IS_CAPTURING, INIT, LOAD_TO_DEVICE, LAUNCH, MEMSET = range(7)
 OFFSET_POINTER, NULL_POINTER, RESULT_IS_OPERAND, SET_LAST_DIM = range(1, 5)
 OUT_OF_MEMORY, INSUFFICIENT_DRIVER, NO_KERNEL_IMAGE = 2, 35, 209
 # Which of the two a status becomes is up to JAX and the platform.
@@ -66,7 +66,7 @@ class Fake:
         jax.ffi.register_ffi_target(self.target, handler, platform="cpu")
 
     def reset(self) -> None:
-        for call in range(6):
+        for call in range(7):
             self.library.fa4_jax_fake_fail(call, 0)
         self.library.fa4_jax_fake_capturing(0)
         self.library.fa4_jax_fake_compute_capability(90)
@@ -295,6 +295,26 @@ def test_failed_launch_is_an_error(fake):
     fake.fail(LAUNCH, 719)
     with pytest.raises(XLA_ERRORS, match="launching fa4_forward.*CUDA error 719"):
         RawCall(variant_of(Kernel.forward))()
+
+
+def test_a_result_that_starts_from_zero_is_cleared_before_the_launch(fake):
+    row = variant_of(Kernel.forward, INTERVAL)
+    (cleared,) = (i for i, buffer in enumerate(row.signature.results) if buffer.zeroed)
+    memsets = fake.count(MEMSET)
+    for _ in range(3):  # XLA hands out what an earlier call left
+        results = RawCall(row)()
+        assert (np.asarray(results[cleared]) == 0).all()
+    assert fake.count(MEMSET) == memsets + 3
+    RawCall(variant_of(Kernel.forward))()
+    assert fake.count(MEMSET) == memsets + 3
+
+
+def test_failed_memset_is_an_error_and_nothing_is_launched(fake):
+    launches = fake.count(LAUNCH)
+    fake.fail(MEMSET, 719)
+    with pytest.raises(XLA_ERRORS, match="launching fa4_forward.*CUDA error 719"):
+        RawCall(variant_of(Kernel.forward, INTERVAL))()
+    assert fake.count(LAUNCH) == launches
 
 
 def test_another_architecture_is_unimplemented(fake):

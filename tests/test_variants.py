@@ -145,9 +145,12 @@ def test_signatures(row: tuple[Kernel, tuple[Feature, ...]]) -> None:
         assert signature.operands[i] == signature.results[j]
     assert {signature.operands[i].name for i in signature.aliases} == set(operands) & set(results)
     assert len({buffer.name for buffer in signature.buffers}) == len(signature.buffers)
-    # Batching folds a mapped axis into the leading dimension of every buffer.
-    assert all(buffer.dims[0] in "BZ" for buffer in signature.buffers)
-    assert all(set(buffer.dims) <= set("BTSNKDVREMJWZ") for buffer in signature.buffers)
+    # Batching folds a mapped axis into the leading dimension of every buffer that isn't the
+    # kernel's own.
+    assert all(buffer.dims[0] in "BZ" for buffer in signature.buffers if not buffer.zeroed)
+    # An operand holds something already.
+    assert not any(buffer.zeroed for buffer in signature.operands)
+    assert all(set(buffer.dims) <= set("BTSNKDVREMJWZU") for buffer in signature.buffers)
     interval = {"kv_start", "kv_end", "key_range", "query_range"} & set(operands)
     assert bool(interval) == (Feature.interval in features)
     assert all(scalar.kind in ("f32", "i32", "sms") for scalar in signature.scalars)

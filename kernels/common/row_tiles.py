@@ -4,6 +4,9 @@
 A tile is `tile_m` rows of one (batch, head). A row is split over neighbouring lanes, as 16-byte
 vectors of a 16-bit type: one each where that makes a power of two of lanes, else (96, 192) three
 each, a third of the row apart. No lane idles, and a row is read in pieces of 64 bytes at least.
+
+Tiles go from the last to the first, because the launch before has left the last ones in the L2, and
+the one after begins with the first ones.
 """
 
 from typing import NamedTuple
@@ -15,8 +18,10 @@ VECTOR = 8
 
 
 class RowTile(NamedTuple):
-    """This thread's place: lane's first column, first row, and the (batch, head) of the CTA."""
+    """This thread's place: the tile's first row, the lane's first row and column, and the (batch,
+    head) of the CTA."""
 
+    tile_row: Int32
     first_row: Int32
     column: Int32
     head: Int32
@@ -43,10 +48,14 @@ def row_tile(
     """Decode block and thread index; the grid is batch * heads * padded_rows / tile_m blocks."""
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    block = blocks - 1 - block
     tiles = padded_rows // tile_m
     lanes = lanes_per_row(head_dim, vector)
+    tile_row = block % tiles * tile_m
     return RowTile(
-        first_row=block % tiles * tile_m + thread // lanes,
+        tile_row=tile_row,
+        first_row=tile_row + thread // lanes,
         column=thread % lanes * vector,
         head=block // tiles % heads,
         batch=block // (tiles * heads),

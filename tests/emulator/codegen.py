@@ -115,6 +115,9 @@ def build_blocks(kernel: Kernel) -> tuple[list[Block], dict[str, int]]:
         except UnsupportedInstruction as error:
             missing.setdefault(str(error), []).append(item.line)
             continue
+        if entry.starts_block and block.instructions:
+            block = Block(len(blocks))
+            blocks.append(block)
         block.instructions.append(item)
         block.units[entry.unit] += 1
         if entry.unit is Unit.fma:

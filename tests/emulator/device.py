@@ -34,7 +34,7 @@ from kernels import signatures, toolchain
 
 from . import artifacts, ptx, roles
 from .artifacts import ROOT, Artifact
-from .launch import Configuration, Launch, Program
+from .launch import Configuration, Launch, Options, Program
 from .memory import GlobalMemory
 from .schedule import Schedule
 
@@ -67,14 +67,6 @@ class LaunchRecord:
     """By role."""
     ctas: Sequence[collections.Counter[str]]
     seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How launches are emulated."""
-
-    schedule: Schedule = Schedule()
-    check: bool = False
 
 
 _LAUNCH = ctypes.CFUNCTYPE(
@@ -164,9 +156,10 @@ class Device:
     ) -> list[np.ndarray]:
         """Call a row through the FFI; returns its results. Raises what the emulated kernel raised.
 
+        `schedule`, `check`: see `launch.Options`; a deterministic row has ordered additions.
         `free`: sizes that the operands don't tell, such as T of backward_postprocess. `num_sms`:
-        multiprocessors of the device; few, so that a persistent kernel's CTAs compute several
-        tiles.
+        multiprocessors of the device, each with one CTA at a time; few, so that a persistent
+        kernel's CTAs compute several tiles.
         """
         signature = variant.signature
         sizes = dict(variant.static_dims)
@@ -184,7 +177,9 @@ class Device:
         kinds = {"f32": np.float32, "i32": np.int32}
         attributes = {s.name: kinds[s.kind](scalars[s.name]) for s in signature.attributes}
         self._buffer_names = [b.name for b in (*signature.operands, *signature.results)]
-        self.options, self.error = Options(Schedule.parse(schedule), check), None
+        ordered = "deterministic" in variant.features
+        self.options = Options(Schedule.parse(schedule), check, num_sms, ordered)
+        self.error = None
         self.select(variant)
         if num_sms != self._num_sms:
             self.library.fa4_jax_fake_multiprocessors(num_sms)
@@ -277,8 +272,7 @@ class Device:
             configuration,
             bytes(raw),
             self.memory,
-            schedule=self.options.schedule,
-            check=self.options.check,
+            self.options,
             registers_per_thread=launch_registers(artifact, math.prod(configuration.block)),
             roles=roles.of(artifact.variant),
         )

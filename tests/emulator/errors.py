@@ -13,11 +13,12 @@ class UnsupportedInstruction(EmulatorError):
 
 
 class Deadlock(EmulatorError):
-    """No warp can run and no asynchronous operation is pending."""
+    """No warp can run and no asynchronous operation is pending, of a cluster or, where CTAs
+    communicate, of all that are resident."""
 
 
 class Livelock(EmulatorError):
-    """A warp ran more blocks than any kernel needs; most likely it polls for something lost."""
+    """A warp ran more blocks than any kernel needs; most likely it polls with weak loads."""
 
 
 class OutOfBounds(EmulatorError):

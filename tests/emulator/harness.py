@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from . import ptx
-from .launch import Configuration, Launch, Program
+from .launch import Configuration, Launch, Options, Program
 from .memory import GlobalMemory
 
 
@@ -52,9 +55,11 @@ def run_body(
     grid: int = 1,
     cluster: int = 1,
     shared: int = 4096,
+    warps: Mapping[str, Any] = MappingProxyType({}),
     **options,
 ) -> np.ndarray:
-    """Run a body over its inputs; `output` is returned. Options are those of `Launch`."""
+    """Run a body over its inputs; `output` is returned. `warps`: further arguments of `Launch`;
+    `options`: those of `launch.Options`."""
     program = program_of(body, len(inputs))
     memory = GlobalMemory()
     arrays = [*inputs, output]
@@ -63,5 +68,5 @@ def run_body(
         memory.register(array.ctypes.data, array.nbytes, f"p{index}")
     raw = b"".join(struct.pack("<Q", array.ctypes.data) for array in arrays)
     configuration = Configuration((grid, 1, 1), (block, 1, 1), (cluster, 1, 1), shared)
-    Launch(program, configuration, raw, memory, **options).run()
+    Launch(program, configuration, raw, memory, Options(**options), **warps).run()
     return output

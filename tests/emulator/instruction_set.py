@@ -55,6 +55,7 @@ class Entry:
     handler: Handler
     unit: Unit
     convergent: bool
+    starts_block: bool
     ends_block: bool
 
 
@@ -82,18 +83,24 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
 
 
 def instruction(
-    *patterns: str, unit: Unit, convergent: bool = False, ends_block: bool = False
+    *patterns: str,
+    unit: Unit,
+    convergent: bool = False,
+    starts_block: bool = False,
+    ends_block: bool = False,
 ) -> Callable[[Handler], Handler]:
     """Register the decorated function as the translator of `patterns`.
 
     `convergent`: the lanes of a warp must execute it together (`.sync`, `.aligned`), so a diverged
-    warp first runs everything else. `ends_block`: the warp may have to wait here.
+    warp first runs everything else. `ends_block`: the warp may have to wait here, or other clusters
+    go on. `starts_block`: the warp may have to wait before it, and comes back to it alone.
     """
 
     def register(handler: Handler) -> Handler:
         for pattern in patterns:
             regex = pattern_regex(pattern)
-            _ENTRIES.append(Entry(pattern, regex, handler, unit, convergent, ends_block))
+            blocks = (convergent, starts_block, ends_block)
+            _ENTRIES.append(Entry(pattern, regex, handler, unit, *blocks))
         return handler
 
     return register

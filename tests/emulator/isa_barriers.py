@@ -345,12 +345,28 @@ def fence_proxy(warp: Warp, active: Array | None) -> None:
 
 
 @instruction(
-    "fence{.acq_rel|.sc|.acquire|.release}(.cta|.cluster|.gpu|.sys)",
-    "membar(.cta|.gl|.sys)",
+    "fence{.acq_rel|.sc}(.gpu|.sys)", "membar(.gl|.sys)", unit=Unit.barrier
+)  # fmt: skip
+def fence_between_clusters(e: Emitter, op: Instruction, m: Modifiers) -> None:
+    """fence and membar of a scope beyond the cluster: the emulator's memory is sequentially
+    consistent, but the happens-before check knows them."""
+    e.emit(f"fence_memory(warp, {e.active})")
+
+
+@runtime
+def fence_memory(warp: Warp, active: Array | None) -> None:
+    """The fence counts for the whole warp, if any lane executes it."""
+    if warp.cluster.checker is not None and (active is None or active.any()):
+        warp.cluster.checker.fence(warp)
+
+
+@instruction(
+    "fence{.acq_rel|.sc}(.cta|.cluster)",
+    "membar.cta",
     "fence.proxy.tensormap::generic(.acquire|.release)(.cta|.cluster|.gpu|.sys)",
     "fence.proxy.alias",
     unit=Unit.barrier,
 )
 def fence(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """Fences of the generic proxy: the emulator's memory is sequentially consistent, so they change
+    """Fences within a cluster: the emulator's memory is sequentially consistent, so they change
     nothing, and a missing one is not found."""

@@ -7,23 +7,25 @@ warp issues one operation, as the machine code of such kernels does; otherwise o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from . import tensor_map
-from .alu import LANES, Array, f32, u8
+from .alu import LANES, Array, f32, u8, u64
 from .barriers import MBarrier
 from .codegen import DTYPES, PARAMETER_BASE, Emitter
 from .errors import Misaligned, ProtocolError
+from .global_races import Kind, Places
 from .instruction_set import Unit, instruction, runtime
 from .isa_barriers import mbarrier_at
 from .isa_memory import own_offsets
 from .memory import active_lanes, cell_slice, cells_of
 from .ptx import Immediate, Instruction, Memory, Vector
 from .scheduler import Cta
-from .tensor_map import TensorMap
-from .warp import PendingStore, Warp
+from .tensor_map import Region, TensorMap
+from .warp import PendingStore, PendingWrite, Warp
 
 Modifiers = dict[str, str]
 _HINT = "{.L2::cache_hint}"
@@ -216,15 +218,21 @@ def map_at(warp: Warp, address: int) -> TensorMap:
             offset = address - PARAMETER_BASE
             raw = launch.parameters[offset : offset + tensor_map.MAP_BYTES]
         else:
-            raw = launch.memory.bytes(address, tensor_map.MAP_BYTES, "read").tobytes()
+            raw = launch.memory.bytes(address, tensor_map.MAP_BYTES).tobytes()
         found = launch.tensor_maps[address] = tensor_map.decode(raw)
     return found
 
 
 def _will_land(
-    warp: Warp, destination: int, size: int, barrier: MBarrier, line: int, source: int | None = None
+    warp: Warp,
+    destination: int,
+    size: int,
+    barrier: MBarrier,
+    line: int,
+    source: int | Callable[[], Places],
 ) -> None:
-    """Tell the barrier and the checker about a copy that was issued."""
+    """Tell the barrier and the checker about a copy that was issued, from a shared::cluster address
+    or from places in global memory."""
     barrier.issue(size)
     checker = warp.cluster.checker
     if checker is None:
@@ -233,7 +241,9 @@ def _will_land(
     cta, offset = warp.cluster.cta_at(destination)
     agent, epoch = checker.start(("copy", barrier), f"copies of {barrier} of CTA {cta.coordinates}")
     clock = checker.clocks[warp]
-    if source is not None:
+    if callable(source):
+        checker.access_global(warp, Kind.read, source(), line, (agent, epoch))
+    else:
         source_cta, source_offset = warp.cluster.cta_at(source)
         cells = cell_slice(source_offset, size)
         shadow = checker.shared[source_cta.rank]
@@ -260,12 +270,14 @@ def issue_tensor_load(
         loaded = map_at(warp, at(map_address, lane))
         place = tuple(at(coordinate, lane) for coordinate in coordinates)
         target, signal = at(destination, lane), at(barrier, lane)
+        part = tensor_map.region(loaded, place)
+        places = functools.partial(_places, warp, part, loaded)
         for cta, offset, landing in _receivers(warp, target, signal, mask, lane):
             tensor_map.check_shared_address(loaded, offset)
             cta.shared.span(offset, loaded.box_bytes)
             warp.counts["TMA bytes loaded"] += loaded.box_bytes
-            _will_land(warp, cta.rank << 24 | offset, loaded.box_bytes, landing, line)
-            run = _tensor_load(warp, loaded, place, cta, offset, landing)
+            _will_land(warp, cta.rank << 24 | offset, loaded.box_bytes, landing, line, places)
+            run = _tensor_load(warp, loaded, part, cta, offset, landing)
             warp.cluster.start_copy(warp, line, run)
 
 
@@ -283,17 +295,22 @@ def _receivers(
     ]
 
 
+def _places(warp: Warp, part: Region, of: TensorMap) -> Places:
+    """What a TMA operation touches of global memory."""
+    if part.empty:
+        return []
+    memory = warp.cluster.launch.memory
+    return memory.region_cells(part.address, part.shape, part.strides, of.dtype)
+
+
 def _tensor_load(
-    warp: Warp, loaded: TensorMap, place: tuple[int, ...], cta: Cta, offset: int, barrier: MBarrier
+    warp: Warp, loaded: TensorMap, part: Region, cta: Cta, offset: int, barrier: MBarrier
 ) -> Callable[[], None]:
     def run() -> None:
         box = np.zeros(tuple(reversed(loaded.box)), loaded.dtype)
-        part = tensor_map.region(loaded, place)
         if not part.empty:
             memory = warp.cluster.launch.memory
-            box[part.inside] = memory.region(
-                part.address, part.shape, part.strides, loaded.dtype, "read"
-            )
+            box[part.inside] = memory.region(part.address, part.shape, part.strides, loaded.dtype)
         chunks = tensor_map.swizzled_chunks(offset >> 4, box.nbytes >> 4, loaded.swizzle)
         cta.shared.bytes.reshape(-1, 16)[chunks] = box.reshape(-1).view(u8).reshape(-1, 16)
         cta.shared.version += 1
@@ -302,27 +319,32 @@ def _tensor_load(
     return run
 
 
-def _reads_shared(warp: Warp, source: int, size: int, line: int) -> tuple[int, int] | None:
-    """Tell the checker that a bulk store will read; what to join when it has been waited for."""
-    checker = warp.cluster.checker
-    if checker is None:
-        return None
-    operation = checker.start(("store", warp), f"bulk stores of {warp.name}")
-    cta, offset = warp.cluster.cta_at(source)
-    cells = cell_slice(offset, size)
-    checker.read(
-        checker.shared[cta.rank], cells, checker.clocks[warp], operation, line, asynchronous=True
-    )
-    return operation
-
-
 def _start_store(
-    warp: Warp, read: Callable[[], Callable[[], None]], operation: tuple[int, int] | None
+    warp: Warp,
+    source: int,
+    size: int,
+    read: Callable[[], Callable[[], None]],
+    target: tuple[Kind, Callable[[], Places]],
+    line: int,
 ) -> None:
-    pending = PendingStore(read, operation)
+    """A bulk store that `read` does, and what the checker has to know: which shared memory it
+    reads, how it accesses which global memory. The two halves are agents of their own, because a
+    wait for the first says nothing about the second."""
+    launch = warp.cluster.launch
+    launch.bulk_stores += 1
+    pending = PendingStore(read, launch.bulk_stores)
+    checker = warp.cluster.checker
+    if checker is not None:
+        cta, offset = warp.cluster.cta_at(source)
+        shadow, cells = checker.shared[cta.rank], cell_slice(offset, size)
+        pending.reading = checker.start(("store", warp), f"bulk stores of {warp.name}")
+        checker.read(shadow, cells, checker.clocks[warp], pending.reading, line, asynchronous=True)
+        kind, places = target
+        pending.writing = checker.start(("write", warp), f"writes of bulk stores of {warp.name}")
+        checker.access_global(warp, kind, places(), line, pending.writing)
     if warp.cluster.chooser.eager:
         read()()
-        pending = PendingStore(lambda: lambda: None, operation)
+        pending.read = lambda: lambda: None
     warp.open_stores.append(pending)
 
 
@@ -349,25 +371,31 @@ def issue_tensor_store(
         tensor_map.check_shared_address(stored, offset)
         cta.shared.span(offset, stored.box_bytes)
         warp.counts["TMA bytes stored"] += stored.box_bytes
-        operation = _reads_shared(warp, at(source, lane), stored.box_bytes, line)
-        _start_store(warp, _tensor_store(warp, stored, place, cta, offset, reduce), operation)
+        part = tensor_map.region(stored, place)
+        read = _tensor_store(warp, stored, part, cta, offset, reduce)
+        target = _kind(f32 if reduce else None), functools.partial(_places, warp, part, stored)
+        _start_store(warp, at(source, lane), stored.box_bytes, read, target, line)
+
+
+def _kind(reduction: type | None) -> Kind:
+    if reduction is None:
+        return Kind.write
+    return Kind.addition if reduction is f32 else Kind.reduction
 
 
 def _tensor_store(
-    warp: Warp, stored: TensorMap, place: tuple[int, ...], cta: Cta, offset: int, reduce: bool
+    warp: Warp, stored: TensorMap, part: Region, cta: Cta, offset: int, reduce: bool
 ) -> Callable[[], Callable[[], None]]:
     def read() -> Callable[[], None]:
         chunks = tensor_map.swizzled_chunks(offset >> 4, stored.box_bytes >> 4, stored.swizzle)
         data = cta.shared.bytes.reshape(-1, 16)[chunks].reshape(-1).view(stored.dtype)
         box = data.reshape(tuple(reversed(stored.box)))
-        part = tensor_map.region(stored, place)
 
         def write() -> None:
             if part.empty:
                 return
-            kind = "reduce" if reduce else "write"
             target = warp.cluster.launch.memory.region(
-                part.address, part.shape, part.strides, stored.dtype, kind
+                part.address, part.shape, part.strides, stored.dtype, writes=True
             )
             if reduce:
                 target.view(f32)[...] += box[part.inside].view(f32)
@@ -377,6 +405,13 @@ def _tensor_store(
         return write
 
     return read
+
+
+def _bytes(warp: Warp, address: int, size: int) -> Places:
+    memory = warp.cluster.launch.memory
+    span = np.array([address], u64)
+    memory.check(span, size)
+    return memory.cells(span, size)
 
 
 def _check_bulk(size: int, *addresses: int) -> None:
@@ -403,10 +438,11 @@ def issue_bulk_load(
         _check_bulk(count, address, offset)
         span = cta.shared.span(offset, count)
         warp.counts["bulk bytes loaded"] += count
-        _will_land(warp, at(destination, lane), count, landing, line)
+        places = functools.partial(_bytes, warp, address, count)
+        _will_land(warp, at(destination, lane), count, landing, line, places)
 
         def run(cta=cta, span=span, address=address, count=count, landing=landing) -> None:
-            span[:] = warp.cluster.launch.memory.bytes(address, count, "read")
+            span[:] = warp.cluster.launch.memory.bytes(address, count)
             cta.shared.version += 1
             landing.land(count)
 
@@ -464,14 +500,12 @@ def issue_bulk_store(
         _check_bulk(count, address, offset)
         span = cta.shared.span(offset, count)
         warp.counts["bulk bytes stored"] += count
-        operation = _reads_shared(warp, at(source, lane), count, line)
 
         def read(span=span, address=address, count=count) -> Callable[[], None]:
             data = span.copy()
 
             def write() -> None:
-                kind = "write" if reduction is None else "reduce"
-                target = warp.cluster.launch.memory.bytes(address, count, kind)
+                target = warp.cluster.launch.memory.bytes(address, count, writes=True)
                 if reduction is None:
                     target[:] = data
                 else:
@@ -479,7 +513,8 @@ def issue_bulk_store(
 
             return write
 
-        _start_store(warp, read, operation)
+        target = _kind(reduction), functools.partial(_bytes, warp, address, count)
+        _start_store(warp, at(source, lane), count, read, target, line)
 
 
 @runtime
@@ -495,14 +530,17 @@ def wait_stores(warp: Warp, pending: int, read_only: bool, active: Array | None)
     """Let all but the last `pending` bulk groups happen: reads, and without `.read` writes, too."""
     if active is not None and not active.any():
         return
+    checker = warp.cluster.checker
     while len(warp.store_groups) > pending:
         for store in warp.store_groups.popleft():
-            warp.unwritten.append(store.read())
-            if warp.cluster.checker is not None and store.operation is not None:
-                warp.cluster.checker.join(warp, *store.operation)
+            warp.unwritten.append(PendingWrite(store.number, store.read(), store.writing))
+            if checker is not None and store.reading is not None:
+                checker.join(warp, *store.reading)
     if not read_only:
-        for write in warp.unwritten:
-            write()
+        for write in warp.cluster.chooser.disordered(warp.unwritten):
+            write.run()
+            if checker is not None and write.operation is not None:
+                checker.join(warp, *write.operation)
         warp.unwritten.clear()
 
 
@@ -521,7 +559,7 @@ def issue_copy(
         return
     offsets = own_offsets(warp, destination, active, size)
     sources, sizes = np.broadcast_to(source, LANES), np.broadcast_to(source_size, LANES)
-    checker = warp.cluster.checker
+    checker, memory = warp.cluster.checker, warp.cluster.launch.memory
     if checker is not None:
         used = offsets if active is None else offsets[active]
         # Until the group is waited for the data is another agent's.
@@ -530,15 +568,19 @@ def issue_copy(
         clock[agent] = epoch
         shadow = checker.shared[warp.cta.rank]
         checker.write(shadow, cells_of(used, size), clock, (agent, epoch), line)
+        for lane in active_lanes(active):
+            if count := min(int(sizes[lane]), size):
+                places = _bytes(warp, int(sources[lane]), count)
+                checker.access_global(warp, Kind.read, places, line, (agent, epoch))
         warp.open_copies.append(lambda: checker.join(warp, agent, epoch))
 
     def run() -> None:
-        shared, memory = warp.cta.shared, warp.cluster.launch.memory
+        shared = warp.cta.shared
         for lane in active_lanes(active):
             span, count = shared.span(int(offsets[lane]), size), min(int(sizes[lane]), size)
             span[count:] = 0
             if count:
-                span[:count] = memory.bytes(int(sources[lane]), count, "read")
+                span[:count] = memory.bytes(int(sources[lane]), count)
         shared.version += 1
 
     if warp.cluster.chooser.eager:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads, stores, atomics and stmatrix / ldmatrix (PTX ISA: Data Movement Instructions)."""
+"""Loads, stores and stmatrix / ldmatrix (PTX ISA: Data Movement Instructions). What orders them
+between CTAs is in `isa_strong`."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ import numpy as np
 from .alu import LANE, LANES, Array, u16, u32, u64
 from .codegen import BITS, DTYPES, PARAMETER_BASE, Emitter, items
 from .errors import OutOfBounds
+from .global_races import Kind
 from .instruction_set import Unit, instruction, runtime
-from .memory import CELL, SharedMemory, active_lanes, cells_of
+from .memory import CELL, SharedMemory, cells_of
 from .ptx import Instruction, Memory, Register, Sink, Symbol
 from .warp import Warp
 
@@ -25,16 +27,17 @@ _STORAGE = {
     "i64": "u64",
 }
 _STORAGE |= {"f64": "u64", "u8": "u8", "i8": "u8"}
-_TYPES = "(type=.b8|.u8|.s8|.b16|.u16|.s16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64)"
+TYPES = "(type=.b8|.u8|.s8|.b16|.u16|.s16|.b32|.u32|.s32|.f32|.b64|.u64|.s64|.f64)"
 _ORDER = "{.weak|.volatile|.relaxed.cta|.relaxed.cluster|.relaxed.gpu|.relaxed.sys"
-_CACHE = "{.ca|.cg|.cs|.lu|.cv}{.nc}{.L1::no_allocate|.L1::evict_first|.L1::evict_last}"
-_CACHE += "{.L2::64B|.L2::128B|.L2::256B}"
+_NARROW = "{.weak|.relaxed.cta|.relaxed.cluster"
+CACHE = "{.ca|.cg|.cs|.lu|.cv}{.nc}{.L1::no_allocate|.L1::evict_first|.L1::evict_last}"
+CACHE += "{.L2::64B|.L2::128B|.L2::256B}"
 _ACQUIRE = _ORDER + "|.acquire.cta|.acquire.cluster|.acquire.gpu|.acquire.sys}"
 _RELEASE = _ORDER + "|.release.cta|.release.cluster|.release.gpu|.release.sys}"
 _SHARED = "(space=.shared|.shared::cta|.shared::cluster)"
 
 
-@instruction(f"ld{{.weak}}.param{{::entry}}{{.v2|.v4}}{_TYPES}", unit=Unit.memory)
+@instruction(f"ld{{.weak}}.param{{::entry}}{{.v2|.v4}}{TYPES}", unit=Unit.memory)
 def load_parameter(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """ld.param: from the launch's parameter block, at a constant offset."""
     destination, place = op.operands
@@ -68,21 +71,30 @@ def parameter(warp: Warp, offset: int, size: int, kind: type, dtype: type) -> Ar
 
 
 @instruction(
-    f"ld{_ACQUIRE}(space=.global){_CACHE}{{count=.v2|.v4|.v8}}{_TYPES}",
-    f"ld{_ACQUIRE}{_SHARED}{{count=.v2|.v4}}{_TYPES}",
-    f"ld{_ACQUIRE}{{count=.v2|.v4}}{_TYPES}",
+    f"ld{_NARROW}|.acquire.cta|.acquire.cluster}}(space=.global){CACHE}{{count=.v2|.v4|.v8}}{TYPES}",
+    f"ld{_ACQUIRE}{_SHARED}{{count=.v2|.v4}}{TYPES}",
+    f"ld{_NARROW}|.acquire.cta|.acquire.cluster}}{{count=.v2|.v4}}{TYPES}",
     unit=Unit.memory,
 )
 def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """ld: global, shared, or generic. Orders and cache hints change nothing in this memory
-    model."""
+    """ld: global, shared, or generic. Orders within a cluster and cache hints change nothing in
+    this memory model."""
+    emit_load(e, op, m, _access("load", m.get("space", "")))
+
+
+def storage(m: Modifiers) -> str:
+    """The NumPy type of an instruction's `.type` in memory."""
+    return _STORAGE[DTYPES[m["type"]]]
+
+
+def emit_load(e: Emitter, op: Instruction, m: Modifiers, function: str, *more: str) -> None:
+    """A load by a run-time function, with more arguments than the usual ones."""
     destination, place = op.operands[:2]
-    dtype = _STORAGE[DTYPES[m["type"]]]
+    dtype = storage(m)
     targets = items(destination)
-    function = _access("load", m.get("space", ""))
     name = e.temporary()
-    arguments = f"{e.address(place)}, {len(targets)}, {dtype}, {e.active}, {e.line}"
-    e.emit(f"{name} = {function}(warp, {arguments})")
+    arguments = (e.address(place), str(len(targets)), dtype, e.active, str(e.line), *more)
+    e.emit(f"{name} = {function}(warp, {', '.join(arguments)})")
     for index, target in enumerate(targets):
         if isinstance(target, Sink):
             continue
@@ -100,15 +112,20 @@ def load(e: Emitter, op: Instruction, m: Modifiers) -> None:
 
 
 @instruction(
-    f"st{_RELEASE}(space=.global){_CACHE}{{count=.v2|.v4|.v8}}{_TYPES}",
-    f"st{_RELEASE}{_SHARED}{{count=.v2|.v4}}{_TYPES}",
-    f"st{_RELEASE}{{count=.v2|.v4}}{_TYPES}",
+    f"st{_NARROW}|.release.cta|.release.cluster}}(space=.global){CACHE}{{count=.v2|.v4|.v8}}{TYPES}",
+    f"st{_RELEASE}{_SHARED}{{count=.v2|.v4}}{TYPES}",
+    f"st{_NARROW}|.release.cta|.release.cluster}}{{count=.v2|.v4}}{TYPES}",
     unit=Unit.memory,
 )
 def store(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """st; see `load`."""
+    emit_store(e, op, m, _access("store", m.get("space", "")))
+
+
+def emit_store(e: Emitter, op: Instruction, m: Modifiers, function: str, *more: str) -> None:
+    """A store by a run-time function, with more arguments than the usual ones."""
     place, source = op.operands[:2]
-    dtype = _STORAGE[DTYPES[m["type"]]]
+    dtype = storage(m)
     values = []
     for item in items(source):
         home = e.home(item) if isinstance(item, Register) else dtype
@@ -116,9 +133,8 @@ def store(e: Emitter, op: Instruction, m: Modifiers) -> None:
             values.append(f"{e.lanes(item, f'u{BITS[home]}')}.astype({dtype})")
         else:
             values.append(e.lanes(item, dtype))
-    function = _access("store", m.get("space", ""))
-    arguments = f"{e.address(place)}, ({', '.join(values)},), {dtype}, {e.active}, {e.line}"
-    e.emit(f"{function}(warp, {arguments})")
+    arguments = (e.address(place), f"({', '.join(values)},)", dtype, e.active, str(e.line), *more)
+    e.emit(f"{function}(warp, {', '.join(arguments)})")
 
 
 def _access(verb: str, space: str) -> str:
@@ -129,7 +145,13 @@ def _access(verb: str, space: str) -> str:
 
 @runtime
 def load_global(
-    warp: Warp, address: Array, count: int, dtype: type, active: Array | None, line: int
+    warp: Warp,
+    address: Array,
+    count: int,
+    dtype: type,
+    active: Array | None,
+    line: int,
+    kind: Kind = Kind.read,
 ) -> list[Array]:
     """Loads of the active lanes; the others get the value of an active one."""
     addresses = np.broadcast_to(address, LANES)
@@ -142,7 +164,11 @@ def load_global(
     size = count * np.dtype(dtype).itemsize
     lanes = LANES if active is None else int(active.sum())
     warp.counts["global bytes read"] += size * lanes
-    return warp.cluster.launch.memory.load(addresses, count, dtype)
+    memory = warp.cluster.launch.memory
+    values = memory.load(addresses, count, dtype)
+    if warp.cluster.checker is not None:
+        warp.cluster.checker.access_global(warp, kind, memory.cells(addresses, size), line)
+    return values
 
 
 def of_active_lanes(
@@ -163,6 +189,7 @@ def store_global(
     dtype: type,
     active: Array | None,
     line: int,
+    kind: Kind = Kind.write,
 ) -> None:
     """Stores of the active lanes."""
     addresses, values = of_active_lanes(address, values, active)
@@ -170,7 +197,10 @@ def store_global(
         return
     size = len(values) * np.dtype(dtype).itemsize
     warp.counts["global bytes written"] += size * len(addresses)
-    warp.cluster.launch.memory.store(addresses, values, dtype)
+    memory = warp.cluster.launch.memory
+    memory.store(addresses, values, dtype)
+    if warp.cluster.checker is not None:
+        warp.cluster.checker.access_global(warp, kind, memory.cells(addresses, size), line)
 
 
 def own_offsets(warp: Warp, address: Array, active: Array | None, size: int) -> Array:
@@ -241,7 +271,7 @@ def load_generic(
     warp: Warp, address: Array, count: int, dtype: type, active: Array | None, line: int
 ) -> list[Array]:
     """A generic load: shared addresses are below 4 GiB, those of the process above."""
-    function = load_shared if _is_shared(address, active) else load_global
+    function = load_shared if is_shared(address, active) else load_global
     narrow = address.astype(u32) if function is load_shared else address
     return function(warp, narrow, count, dtype, active, line)  # type: ignore[return-value]
 
@@ -256,79 +286,18 @@ def store_generic(
     line: int,
 ) -> None:
     """A generic store; see `load_generic`."""
-    function = store_shared if _is_shared(address, active) else store_global
+    function = store_shared if is_shared(address, active) else store_global
     narrow = address.astype(u32) if function is store_shared else address
     function(warp, narrow, values, dtype, active, line)
 
 
-def _is_shared(address: Array, active: Array | None) -> bool:
+def is_shared(address: Array, active: Array | None) -> bool:
+    """Whether a generic address is one of shared memory."""
     addresses = np.broadcast_to(address, LANES)
     used = (addresses if active is None else addresses[active]) < u64(1 << 32)
     if used.any() != used.all():
         raise NotImplementedError("a generic access to shared memory in some lanes only")
     return bool(used.all())
-
-
-# Atomics ------------------------------------------------------------------------------------------
-
-
-@instruction(
-    "atom{.relaxed|.acquire|.release|.acq_rel}{.cta|.cluster|.gpu|.sys}.global"
-    "(operation=.add|.min|.max|.exch)(type=.u32|.s32|.u64|.f32)",
-    "red{.relaxed|.release}{.cta|.cluster|.gpu|.sys}.global(operation=.add|.min|.max)(type=.u32|.s32|.u64|.f32)",
-    unit=Unit.memory,
-)
-def atomic(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """atom and red on global memory, lane after lane; `red` has no destination."""
-    dtype = DTYPES[m["type"]]
-    has_result = op.opcode.startswith("atom")
-    place, value = op.operands[has_result : has_result + 2]
-    arguments = f"{e.address(place)}, {e.lanes(value, dtype)}, {m['operation']!r}, {e.active}"
-    if has_result:
-        e.define(op.operands[0], dtype, f"atomic_global(warp, {arguments})")
-    else:
-        e.emit(f"atomic_global(warp, {arguments})")
-
-
-@runtime
-def atomic_global(
-    warp: Warp, address: Array, value: Array, operation: str, active: Array | None
-) -> Array:
-    """The old value of each lane."""
-    addresses, old = np.broadcast_to(address, LANES), np.zeros(LANES, value.dtype)
-    memory = warp.cluster.launch.memory
-    functions = {"add": np.add, "min": np.minimum, "max": np.maximum, "exch": lambda _, new: new}
-    for lane in active_lanes(active):
-        place = int(addresses[lane])
-        view = memory.bytes(place, value.itemsize, "reduce").view(value.dtype)
-        old[lane] = view[0]
-        view[0] = functions[operation](view[0], value[lane])
-    return old
-
-
-@instruction(
-    "red{.relaxed|.release}{.cta|.cluster|.gpu|.sys}.global.add(count=.v2|.v4).f32",
-    unit=Unit.memory,
-)
-def vector_reduction(e: Emitter, op: Instruction, m: Modifiers) -> None:
-    """red.add of 2 or 4 consecutive float32s (PTX ISA 8.1, red, `.vec_32_bit`): each element is
-    added atomically, the vector is not; its address is a multiple of its size."""
-    place, source = op.operands
-    values = ", ".join(e.lanes(x, "f32") for x in items(source))
-    assert len(items(source)) == int(m["count"][1:])
-    e.emit(f"reduce_global(warp, {e.address(place)}, ({values},), {e.active})")
-
-
-@runtime
-def reduce_global(
-    warp: Warp, address: Array, values: tuple[Array, ...], active: Array | None
-) -> None:
-    """Adds of the active lanes; subnormal inputs and sums are flushed (PTX ISA, red)."""
-    addresses, values = of_active_lanes(address, values, active)
-    if not len(addresses):
-        return
-    warp.counts["global bytes reduced"] += 4 * len(values) * len(addresses)
-    warp.cluster.launch.memory.add(addresses, values)
 
 
 # stmatrix, ldmatrix -------------------------------------------------------------------------------

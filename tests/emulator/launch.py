@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,19 +19,23 @@ from . import (
     isa_bulk,
     isa_control,
     isa_memory,
+    isa_strong,
     isa_tcgen05,
     isa_wgmma,
 )
 from .codegen import Emitter
+from .global_races import GlobalHistory
 from .memory import GlobalMemory
 from .ptx import Instruction, Kernel
-from .schedule import Schedule
+from .residents import Residents
+from .schedule import Chooser, Schedule
 from .scheduler import Cluster, registers_of
-from .warp import Exit, Split, Warp
+from .warp import Communication, Exit, PendingWrite, Split, Warp
 
 # Importing the modules registers their instructions.
 INSTRUCTION_MODULES = (
-    isa_arithmetic, isa_barriers, isa_bulk, isa_control, isa_memory, isa_tcgen05, isa_wgmma,
+    isa_arithmetic, isa_barriers, isa_bulk, isa_control, isa_memory, isa_strong, isa_tcgen05,
+    isa_wgmma,
 )  # fmt: skip
 
 # What the hardware allows per thread, and how it splits a CTA's register file without other advice.
@@ -48,6 +53,20 @@ class Configuration:
     shared_bytes: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a launch is emulated."""
+
+    schedule: Schedule = Schedule()
+    check: bool = False
+    """For races."""
+    resident_ctas: int = 132
+    """How many are on the device at a time: one for each multiprocessor of an H200."""
+    ordered_additions: bool = False
+    """Whether the kernel promises to add floats to an address in one order: what isn't ordered is a
+    race."""
+
+
 class Program:
     """One kernel as Python functions."""
 
@@ -56,6 +75,8 @@ class Program:
         source, self._lines = emitter.source()
         self.kernel, self.name, self.source = kernel, name or kernel.name, source
         self.blocks = emitter.blocks
+        instructions = [item for item in kernel.body if isinstance(item, Instruction)]
+        self.has_atomics = any(item.opcode.startswith("atom.") for item in instructions)
         self.homes = [emitter.homes[register] for register in kernel.registers]
         self.poison = [registers_of(home) for home in self.homes]
         self._file = f"<ptx {self.name}>"
@@ -65,7 +86,7 @@ class Program:
         self.masked: list[Callable[..., Any]] = [
             namespace[f"masked_{b.number}"] for b in self.blocks
         ]
-        self._texts = {i.line: i.text for i in kernel.body if isinstance(i, Instruction)}
+        self._texts = {item.line: item.text for item in instructions}
 
     def line_of(self, error: BaseException) -> int:
         """The PTX line whose translation raised."""
@@ -88,6 +109,7 @@ def _namespace() -> dict[str, Any]:
         "np": np,
         "Split": Split,
         "Exit": Exit,
+        "Communication": Communication,
         "ZERO_PRED": np.zeros(32, bool),
         "ZERO_U16": np.zeros(32, np.uint16),
         "ZERO_U32": np.zeros(32, np.uint32),
@@ -106,15 +128,15 @@ class Launch:
         configuration: Configuration,
         parameters: bytes,
         memory: GlobalMemory,
+        options: Options = Options(),  # noqa: B008  (it is frozen)
         *,
-        schedule: Schedule | None = None,
-        check: bool = False,
         registers_per_thread: int | None = None,
         roles: Callable[[int], str] | None = None,
     ) -> None:
         self.program, self.configuration = program, configuration
-        self.parameters, self.memory = parameters, memory
-        self.schedule, self.check = schedule or Schedule(), check
+        self.parameters, self.memory, self.options = parameters, memory, options
+        self.resident_clusters = max(1, options.resident_ctas // math.prod(configuration.cluster))
+        self.history = GlobalHistory(options.ordered_additions) if options.check else None
         threads = int(np.prod(configuration.block))
         default = min(MAX_REGISTERS, REGISTER_FILE // max(threads, 32) // 8 * 8)
         self.registers_per_thread = registers_per_thread or default
@@ -122,28 +144,33 @@ class Launch:
         self.tensor_maps: dict[int, Any] = {}
         self.parameter_cache: dict[Any, Any] = {}
         self.counts: dict[str, collections.Counter[str]] = {}
-        self.ctas: list[collections.Counter[str]] = []
-        self.clusters = 0
+        self._ctas: dict[int, list[collections.Counter[str]]] = {}
+        self._unwritten: list[PendingWrite] = []
+        self.bulk_stores = 0
 
     def run(self) -> None:
-        """Run every cluster of the grid, one after another."""
-        grid, cluster = self.configuration.grid, self.configuration.cluster
-        if self.check:
-            self.memory.forget_accesses()
+        """Run every cluster of the grid."""
         with np.errstate(all="ignore"):
-            for z in range(0, grid[2], cluster[2]):
-                for y in range(0, grid[1], cluster[1]):
-                    for x in range(0, grid[0], cluster[0]):
-                        self._run_cluster((x, y, z))
+            for cluster in Residents(self).run():
+                self._count(cluster)
+            for write in sorted(self._unwritten, key=lambda write: write.number, reverse=True):
+                write.run()
 
-    def _run_cluster(self, first: tuple[int, int, int]) -> None:
-        self.memory.accessor = self.clusters + 1 if self.check else None
-        try:
-            cluster = Cluster(self, first, self.clusters)
-            cluster.run()
-        finally:
-            self.memory.accessor = None
-        self.clusters += 1
+    def leave(self, chooser: Chooser, writes: list[PendingWrite]) -> None:
+        """What a CTA that exits hasn't waited for happens by the end of the launch."""
+        if writes and chooser.gives_way("store"):
+            self._unwritten += writes
+            return
+        for write in chooser.disordered(writes):
+            write.run()
+
+    @property
+    def ctas(self) -> list[collections.Counter[str]]:
+        """What each CTA executed, in the order of the grid."""
+        return [cta for number in sorted(self._ctas) for cta in self._ctas[number]]
+
+    def _count(self, cluster: Cluster) -> None:
+        ctas = self._ctas[cluster.number] = []
         for warps in cluster.warps_of:
             cta: collections.Counter[str] = collections.Counter()
             for warp in warps:
@@ -152,7 +179,7 @@ class Launch:
                 self.counts.setdefault(warp.role, collections.Counter()).update(executed)
                 # A level, not a count.
                 self.counts[warp.role]["setmaxnreg"] = executed["setmaxnreg"]
-            self.ctas.append(cta)
+            ctas.append(cta)
 
     def _executed(self, warp: Warp) -> collections.Counter[str]:
         """Warp instructions by unit, and what the warp counted itself. An instruction whose guard

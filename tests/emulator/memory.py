@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .alu import LANES, Array, f32, flush, i64, u8, u16, u32, u64
-from .errors import Misaligned, OutOfBounds, RaceError
+from .errors import Misaligned, OutOfBounds
 
 _LOWEST = 4096  # an array can't start at address 0
 _SPAN = (1 << 47) - 2 * _LOWEST  # user space of x86-64 and of 48-bit AArch64
@@ -45,14 +45,11 @@ CELL = 4  # bytes per cell of the happens-before shadows
 
 @dataclasses.dataclass
 class Buffer:
-    """A registered range of global memory, and which CTA did what to each 4-byte cell of it."""
+    """A registered range of global memory."""
 
     name: str
     start: int
     size: int
-    written_by: Array | None = None
-    reduced_by: Array | None = None
-    read_by: Array | None = None
 
 
 class GlobalMemory:
@@ -62,8 +59,8 @@ class GlobalMemory:
         self.buffers: list[Buffer] = []
         self._starts = np.zeros(0, u64)
         self._ends = np.zeros(0, u64)
-        self.accessor: int | None = None
-        """The CTA that accesses now, counted from 1, where races between CTAs are looked for."""
+        self.version = 0
+        """Changes with every write: who polls need not look again before."""
 
     def register(self, address: int, size: int, name: str) -> None:
         """Allow accesses to [address, address + size)."""
@@ -104,20 +101,19 @@ class GlobalMemory:
     def load(self, addresses: Array, count: int, dtype: type) -> list[Array]:
         """`count` consecutive elements at each address, by element."""
         index = self._element_index(addresses, count, dtype)
-        self.note(addresses, count * np.dtype(dtype).itemsize, "read")
         return [_PROCESS[dtype][index + u64(item)] for item in range(count)]
 
     def store(self, addresses: Array, values: Sequence[Array], dtype: type) -> None:
         """The inverse of `load`; of lanes that hit the same address, the last one wins."""
         index = self._element_index(addresses, len(values), dtype)
-        self.note(addresses, len(values) * np.dtype(dtype).itemsize, "write")
+        self.version += 1
         for item, value in enumerate(values):
             _PROCESS[dtype][index + u64(item)] = value
 
     def add(self, addresses: Array, values: Sequence[Array]) -> None:
         """Add float32 elements to memory, lane after lane where several hit one address."""
         index = self._element_index(addresses, len(values), f32)
-        self.note(addresses, len(values) * CELL, "reduce")
+        self.version += 1
         for item, value in enumerate(values):
             where, added = index + u64(item), flush(value)
             if len(np.unique(where)) == len(where):
@@ -137,84 +133,70 @@ class GlobalMemory:
         self.check(addresses, size * count)
         return (addresses - u64(_LOWEST)) // u64(size)
 
-    def bytes(self, address: int, size: int, kind: str) -> Array:
-        """A view of a contiguous range, for an access of this kind: read, write or reduce."""
-        span = np.array([address], u64)
-        self.check(span, size)
-        self.note(span, size, kind)
+    def bytes(self, address: int, size: int, *, writes: bool = False) -> Array:
+        """A view of a contiguous range, to be read or written at once."""
+        self.check(np.array([address], u64), size)
+        self.version += writes
         return _PROCESS[u8][address - _LOWEST : address - _LOWEST + size]
 
+    def words(self, addresses: Array, size: int) -> bytes:
+        """What there is at each address."""
+        self.check(addresses, size)
+        places = (addresses - u64(_LOWEST)).astype(i64)
+        return _PROCESS[u8][places[:, None] + np.arange(size)].tobytes()
+
     def region(
-        self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: type, kind: str
+        self,
+        address: int,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: type,
+        *,
+        writes: bool = False,
     ) -> Array:
-        """A strided view (slowest dimension first, strides in bytes), for an access of this
-        kind."""
-        item = np.dtype(dtype).itemsize
-        extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        self.check(np.array([address, address + extent], u64), item)
-        if self.accessor is not None:
-            rows = np.array([address], u64)
-            for count, stride in zip(shape[:-1], strides, strict=False):
-                rows = (rows[:, None] + np.arange(count, dtype=u64) * u64(stride)).ravel()
-            self.note(rows, shape[-1] * item, kind)
+        """A strided view (slowest dimension first, strides in bytes), to be read or written at
+        once."""
+        self._check_region(address, shape, strides, np.dtype(dtype).itemsize)
+        self.version += writes
         return np.asarray(_AddressSpace(address, shape, dtype, strides))
 
-    # Races between CTAs ---------------------------------------------------------------------------
+    def _check_region(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], item: int
+    ) -> None:
+        extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        self.check(np.array([address, address + extent], u64), item)
 
-    def note(self, addresses: Array, size: int, kind: str) -> None:
-        """Record an access by the current CTA; a conflict with another CTA's is a RaceError.
+    # What an access touches -----------------------------------------------------------------------
 
-        Nothing in a launch orders two CTAs of different clusters unless they synchronise through
-        global memory, which no kernel here does; so any conflicting pair is a race, whatever order
-        the emulator ran them in.
-        """
-        if self.accessor is None:
-            return
+    def buffer_at(self, address: int) -> tuple[Buffer, int]:
+        """(buffer, byte) of an address that lies in one."""
+        buffer = self.buffers[int(np.searchsorted(self._starts, u64(address), "right")) - 1]
+        return buffer, address - buffer.start
+
+    def cells(self, addresses: Array, size: int) -> list[tuple[Buffer, slice | Array]]:
+        """By buffer, the 4-byte cells of accesses of `size` bytes each; some may repeat."""
+        if len(addresses) == 1:
+            buffer, offset = self.buffer_at(int(addresses[0]))
+            return [(buffer, cell_slice(offset, size))]
         index = np.searchsorted(self._starts, addresses, "right") - 1
-        for number in np.unique(index):
+        found: list[tuple[Buffer, slice | Array]] = []
+        for number in [index[0]] if (index == index[0]).all() else np.unique(index):
             buffer = self.buffers[int(number)]
-            offsets = addresses[index == number] - u64(buffer.start)
-            first = (offsets // u64(CELL)).astype(i64)
-            cells = np.unique((first[:, None] + np.arange(max(1, size // CELL))).ravel())
-            self._note_cells(buffer, cells, kind)
+            first = ((addresses[index == number] - u64(buffer.start)) // u64(CELL)).astype(i64)
+            if size > CELL:
+                first = (first[:, None] + np.arange(-(-size // CELL))).ravel()
+            found.append((buffer, first))
+        return found
 
-    def _note_cells(self, buffer: Buffer, cells: Array, kind: str) -> None:
-        if buffer.written_by is None:
-            count = buffer.size // CELL + 1
-            buffer.written_by, buffer.reduced_by, buffer.read_by = (
-                np.zeros(count, np.int32) for _ in range(3)
-            )
-        me = self.accessor
-        assert me is not None
-        written, reduced, read = buffer.written_by, buffer.reduced_by, buffer.read_by
-        others = {
-            "write": (("wrote", written), ("reduced", reduced), ("read", read)),
-            "reduce": (("wrote", written), ("read", read)),
-            "read": (("wrote", written), ("reduced", reduced)),
-        }[kind]
-        for verb, owner in others:
-            assert owner is not None
-            conflict = (owner[cells] != 0) & (owner[cells] != me)
-            if conflict.any():
-                cell = int(cells[int(np.argmax(conflict))])
-                whose = int(owner[cell])
-                other = f"CTA {whose - 1}" if whose > 0 else "several CTAs"
-                raise RaceError(
-                    f"global memory race: {kind} of {buffer.name} at byte {CELL * cell}, which "
-                    f"{other} {verb} in the same launch"
-                )
-        owner = {"write": written, "reduce": reduced, "read": read}[kind]
-        assert owner is not None
-        if kind == "write":
-            owner[cells] = me
-        else:  # several CTAs may read or reduce the same cell: -1
-            mine = (owner[cells] == 0) | (owner[cells] == me)
-            owner[cells] = np.where(mine, me, -1)
-
-    def forget_accesses(self) -> None:
-        """Start a new launch: launches on a stream are ordered."""
-        for buffer in self.buffers:
-            buffer.written_by = buffer.reduced_by = buffer.read_by = None
+    def region_cells(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], dtype: type
+    ) -> list[tuple[Buffer, slice | Array]]:
+        """The cells of a `region`."""
+        self._check_region(address, shape, strides, np.dtype(dtype).itemsize)
+        rows = np.array([address], u64)
+        for count, stride in zip(shape[:-1], strides, strict=False):
+            rows = (rows[:, None] + np.arange(count, dtype=u64) * u64(stride)).ravel()
+        return self.cells(rows, shape[-1] * np.dtype(dtype).itemsize)
 
 
 class SharedMemory:

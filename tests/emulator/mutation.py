@@ -86,12 +86,20 @@ def _shifted(item: Instruction, position: int, offset: int) -> tuple[Operand, ..
     return _operand(item, position, dataclasses.replace(place, offset=place.offset + offset))
 
 
+def _ordered(item: Instruction) -> str:
+    """How an access to global memory is ordered, beyond `.relaxed`."""
+    if not item.opcode.startswith(("ld.", "st.", "atom.", "red.")) or ".global" not in item.opcode:
+        return ""
+    return next((x for x in (".acquire", ".release", ".acq_rel") if x in item.opcode), "")
+
+
 class Mutator:
     """The defects that one kernel allows."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.body = kernel.body
+        self.releases = any(_ordered(x) for x in self.body if isinstance(x, Instruction))
         self.definitions: dict[str, tuple[int, Instruction]] = {}
         for index, item in enumerate(self.body):
             if isinstance(item, Instruction) and item.operands:
@@ -107,12 +115,25 @@ class Mutator:
                     yield Mutant(kind, what, item.line, item.text, apply)
 
     def _of(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
+        yield from self._strong(index, item)
         yield from self._synchronisation(index, item)
         yield from self._barriers(index, item)
         yield from self._copies(index, item)
         yield from self._matrix(index, item)
         yield from self._arithmetic(index, item)
         yield from self._results(index, item)
+
+    def _strong(self, index: int, item: Instruction) -> Iterator[tuple[str, str, Callable]]:
+        """Of what CTAs communicate by."""
+        opcode = item.opcode
+        order = _ordered(item)
+        if order:
+            relaxed = opcode.replace(order, ".relaxed")
+            yield "order", f"{order[1:]} relaxed", _replaced(index, opcode=relaxed)
+        elif opcode in ("fence.acq_rel.gpu", "membar.gl"):
+            yield "order", "fence dropped", _dropped(index)
+        elif opcode == "cp.async.bulk.wait_group" and self.releases:
+            yield "group wait", "of the sources only", _replaced(index, opcode=f"{opcode}.read")
 
     def _synchronisation(
         self, index: int, item: Instruction

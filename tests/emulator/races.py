@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Happens-before check of shared and tensor memory, by vector clocks.
+"""Happens-before check of one cluster, by vector clocks.
 
 Agents are whatever accesses memory on its own: warps, the TMA engine of each mbarrier, a warp's
 wgmma and bulk stores, a CTA's tensor pipe, a warp's tcgen05.ld and tcgen05.st. Each agent has a
@@ -12,17 +12,22 @@ if the emulated schedule happened to run them well.
 Beside races: reads of memory that nothing wrote, writes over mbarrier objects, asynchronous reads
 of what was written through the generic proxy without `fence.proxy.async` (PTX ISA, Async proxy),
 and mbarriers used by an asynchronous operation without `fence.mbarrier_init`.
+
+What a warp has acquired from other clusters, through global memory, is an agent, too: the warp's
+acquisitions, numbered. So it spreads within the cluster like everything else that a warp knows.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Hashable
+import functools
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import Poison, RaceError
+from .global_races import Access, Kind, Knowledge, Places, merged
 
 if TYPE_CHECKING:
     from .alu import Array
@@ -70,6 +75,12 @@ class HappensBefore:
         self.pending: dict[object, Array] = {}
         self.published: dict[object, Array] = {}
         self.proxy_fences: dict[int, list[int]] = {}
+        assert cluster.launch.history is not None
+        self.history = cluster.launch.history
+        self.history.names[cluster.number] = self.names
+        self.acquired: dict[int, list[Knowledge]] = {}
+        self.fenced: dict[Warp, Knowledge] = {}
+        self.unfenced: dict[Warp, list[Knowledge]] = {}
         for warp in cluster.warps:
             self.clocks[warp] = np.zeros(MAX_AGENTS, np.int32)
             self.clocks[warp][self.agent(warp, warp.name)] = 1
@@ -131,7 +142,75 @@ class HappensBefore:
         self.proxy_fences.setdefault(agent, []).append(int(self.clocks[warp][agent]))
         self.clocks[warp][agent] += 1
 
+    # Order between clusters -----------------------------------------------------------------------
+
+    def publish(self, warp: Warp, words: Iterable[int], release: bool, is_atomic: bool) -> None:
+        """A strong write. It is a release by itself, or by an earlier fence of the warp."""
+        knowledge = self._knowledge(warp) if release else self.fenced.get(warp)
+        self.history.publish(words, knowledge, is_atomic)
+        if release:
+            self.clocks[warp][self.numbers[warp]] += 1
+
+    def observe(self, warp: Warp, words: Iterable[int], acquire: bool) -> None:
+        """A strong read. It is an acquire by itself, or by a later fence of the warp."""
+        found = self.history.observe(words)
+        if acquire:
+            self._acquire(warp, found)
+        elif found:
+            self.unfenced.setdefault(warp, []).extend(found)
+
+    def fence(self, warp: Warp) -> None:
+        """`fence.acq_rel.gpu`: makes releases of later strong writes, acquires of earlier strong
+        reads."""
+        self._acquire(warp, self.unfenced.pop(warp, []))
+        self.fenced[warp] = self._knowledge(warp)
+        self.clocks[warp][self.numbers[warp]] += 1
+
+    def _acquire(self, warp: Warp, found: list[Knowledge]) -> None:
+        clock = self.clocks[warp]
+        for knowledge in found:
+            own = knowledge.get(self.cluster.number)
+            if own is not None:
+                np.maximum(clock, own, out=clock)
+            agent, epoch = self.start(("acquired", warp), f"acquisitions of {warp.name}")
+            history = self.acquired.setdefault(agent, [{}])
+            history.append(merged(history[-1], knowledge))
+            clock[agent] = epoch
+
+    def _knowledge(self, warp: Warp) -> Knowledge:
+        clock = self.clocks[warp]
+        known: Knowledge = {}
+        for agent, history in self.acquired.items():
+            known = merged(known, history[clock[agent]])
+        return {**known, self.cluster.number: clock.copy()}
+
+    def _knows(self, warp: Warp, access: Access) -> bool:
+        clock = self.clocks[warp]
+        if access.cluster == self.cluster.number:
+            return bool(clock[access.agent] >= access.epoch)
+        for agent, history in self.acquired.items():
+            known = history[clock[agent]].get(access.cluster)
+            if known is not None and known[access.agent] >= access.epoch:
+                return True
+        return False
+
     # Accesses -------------------------------------------------------------------------------------
+
+    def access_global(
+        self,
+        warp: Warp,
+        kind: Kind,
+        places: Places,
+        line: int,
+        operation: tuple[int, int] | None = None,
+    ) -> None:
+        """An access to global memory, by the warp or by an asynchronous operation (agent, epoch)
+        that it issues."""
+        if operation is None:
+            agent = self.numbers[warp]
+            operation = agent, int(self.clocks[warp][agent])
+        access = Access(self.cluster.number, *operation, kind, line)
+        self.history.record(access, places, functools.partial(self._knows, warp))
 
     def warp_reads(self, warp: Warp, shadow: Shadow, cells: Cells, line: int) -> None:
         """A synchronous read by a warp."""

@@ -17,7 +17,7 @@ from .errors import Deadlock, EmulatorError, Livelock, ProtocolError, RaceError
 from .memory import SharedMemory, TensorMemory
 from .races import HappensBefore
 from .schedule import Chooser
-from .warp import Event, Exit, Group, Split, Wait, Warp
+from .warp import Communication, Event, Exit, Group, Split, Wait, Warp
 
 if TYPE_CHECKING:
     from .launch import Launch
@@ -99,7 +99,7 @@ class Cluster:
 
     def __init__(self, launch: Launch, first: tuple[int, int, int], number: int) -> None:
         self.launch, self.number = launch, number
-        self.chooser = Chooser(launch.schedule, number)
+        self.chooser = Chooser(launch.options.schedule, number)
         self.ctas: list[Cta] = []
         size = launch.configuration.cluster
         for z in range(size[2]):
@@ -120,7 +120,16 @@ class Cluster:
         self.barrier = ClusterBarrier(self)
         self.pair_meetings: dict[object, list[tuple[Warp, object]]] = {}
         self.meeting_waiters: list[Warp] = []
-        self.checker: HappensBefore | None = HappensBefore(self) if launch.check else None
+        # Warps that wait for a change of global memory, as far as `memory.version` is known.
+        self.pollers: list[Warp] = []
+        self.polled_version = -1
+        self.was_woken = self.gives_way = self.finished = False
+        self.checker: HappensBefore | None = HappensBefore(self) if launch.options.check else None
+        for cta in self.ctas:
+            cta.tensor_priority = self.chooser.priority()
+        for warp in self.warps:
+            warp.priority = self.chooser.priority()
+            self.enqueue(warp)
 
     def cta_at(self, address: int) -> tuple[Cta, int]:
         """(CTA, offset) of a shared::cluster address."""
@@ -197,28 +206,42 @@ class Cluster:
             warp.queued = True
             self.run_queue.append(warp)
 
-    def run(self) -> None:
-        """Run every warp to its end."""
-        for cta in self.ctas:
-            cta.tensor_priority = self.chooser.priority()
-        for warp in self.warps:
-            warp.priority = self.chooser.priority()
-            self.enqueue(warp)
-        while True:
-            if not self.run_queue:
-                if self.has_pending():
-                    self.complete_one()
-                    continue
+    def can_go_on(self) -> bool:
+        """Whether it doesn't only wait for other clusters."""
+        self._wake_pollers()
+        return bool(self.run_queue) or self.has_pending() or not self.pollers
+
+    def advance(self, turns: int) -> None:
+        """Let warps and asynchronous operations take turns, until all warps have exited, what is
+        left waits for other clusters, or it is time for these."""
+        self.was_woken = self.gives_way = False
+        while turns and not self.gives_way:
+            turns -= 1
+            self._wake_pollers()
+            if not self.run_queue and not self.has_pending():
                 if all(warp.exited for warp in self.warps):
-                    break
-                raise Deadlock(self._deadlock())
-            warp = self.chooser.next_warp(self)
+                    self._finish()
+                    self.finished = True
+                elif not self.pollers:
+                    raise Deadlock(self._deadlock())
+                return
+            warp = self.chooser.next_warp(self) if self.run_queue else None
             if warp is None:
                 self.complete_one()
                 continue
             warp.queued = False
             self._step(warp, self.chooser.turn())
-        self._finish()
+
+    def _wake_pollers(self) -> None:
+        """Let the warps whose words have changed look again."""
+        version = self.launch.memory.version
+        if not self.pollers or version == self.polled_version:
+            return
+        self.polled_version = version
+        for warp in [warp for warp in self.pollers if warp.can_go_on()]:
+            self.pollers.remove(warp)
+            self.enqueue(warp)
+            self.was_woken = True
 
     def _finish(self) -> None:
         """What must hold when every warp has exited."""
@@ -226,8 +249,7 @@ class Cluster:
         if problems:
             raise ProtocolError(f"{self.launch.program.name}: " + "; ".join(problems))
         for warp in self.warps:
-            for write in warp.unwritten:
-                write()
+            self.launch.leave(self.chooser, warp.unwritten)
         if self.checker is not None and self.checker.reports:
             reports = list(self.checker.reports.values())
             shown = "\n  ".join(reports[:20])
@@ -277,6 +299,9 @@ class Cluster:
                     if len(warp.groups) > 1:
                         break
                 elif not self._handle(warp, group, result):
+                    if self.gives_way:
+                        self.enqueue(warp)
+                        return
                     break
 
     def _run_block(self, warp: Warp, group: Group) -> Any:
@@ -355,6 +380,10 @@ class Cluster:
                 group.block, group.lanes = event.target, taken
                 warp.groups.append(Group(event.following, others))
             return len(warp.groups) == 1
+        if isinstance(event, Communication):
+            group.block = event.following
+            self.gives_way = self.chooser.gives_way(event.kind)
+            return len(warp.groups) == 1 and not self.gives_way
         if isinstance(event, Wait):
             warp.counts["waits"] += 1
             if event.ready():
@@ -388,13 +417,19 @@ class Cluster:
             f"{self.launch.program.name}: deadlock in CTA {self.ctas[0].coordinates}: "
             "nothing can run"
         ]
-        for warp in self.warps:
-            if not warp.exited:
-                lines.append(f"  {warp.name}: waits for {'; and '.join(warp.waits())}")
+        lines += self.waiting()
         exited = [str(warp.number) for warp in self.warps if warp.exited]
         if exited:
             lines.append(f"  exited: warps {', '.join(exited)}")
         return "\n".join(lines)
+
+    def waiting(self) -> list[str]:
+        """What each warp waits for, a line each."""
+        return [
+            f"  {warp.name}: waits for {'; and '.join(warp.waits())}"
+            for warp in self.warps
+            if not warp.exited
+        ]
 
 
 def registers_of(home: str) -> Array:

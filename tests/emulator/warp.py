@@ -35,6 +35,14 @@ class Exit(Event):
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class Communication(Event):
+    """A strong access to global memory, `load`, `store` or `atomic`: other clusters may go on."""
+
+    following: int
+    kind: str
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class Wait(Event):
     """Something the warp may have to wait for before `following`.
 
@@ -61,9 +69,22 @@ class Group:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class PendingStore:
-    """A bulk store: `read` takes the data from shared memory and returns what writes it."""
+    """A bulk store: `read` takes the data from shared memory and returns what writes it. To the
+    checker the two halves are the operations `reading` and `writing`."""
 
     read: Callable[[], Callable[[], None]]
+    number: int
+    """Of the launch's bulk stores, in the order of their issue."""
+    reading: tuple[int, int] | None = None
+    writing: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class PendingWrite:
+    """The second half of a bulk store."""
+
+    number: int
+    run: Callable[[], None]
     operation: tuple[int, int] | None
 
 
@@ -73,6 +94,17 @@ class PendingMma:
 
     run: Callable[[], None]
     operation: tuple[int, int] | None
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Look:
+    """A strong read of global memory: what there was, and the warp's registers before it."""
+
+    number: int
+    addresses: Array
+    size: int
+    words: bytes
+    registers: list[Array]
 
 
 class Warp:
@@ -109,12 +141,15 @@ class Warp:
         self.mma_groups: collections.deque[list[PendingMma]] = collections.deque()
         self.open_stores: list[PendingStore] = []
         self.store_groups: collections.deque[list[PendingStore]] = collections.deque()
-        self.unwritten: list[Callable[[], None]] = []
+        self.unwritten: list[PendingWrite] = []
         self.open_copies: list[Callable[[], None]] = []
         self.copy_groups: collections.deque[list[Callable[[], None]]] = collections.deque()
         # Registers as they were at the last wgmma.fence, and as the last wgmma left them.
         self.fenced_registers: list[Array] = []
         self.mma_results: dict[int, Array] = {}
+        # The last strong read at each PTX line, by the lanes that executed it.
+        self.looks: dict[tuple[int, bytes], Look] = {}
+        self.look_count = 0
 
     def __hash__(self) -> int:
         return id(self)
@@ -131,13 +166,17 @@ class Warp:
             value = self._specials[name] = np.full(LANES, self.cta.special(name, self.number), u32)
         return value
 
+    def can_go_on(self) -> bool:
+        """Whether something that it waits for has happened."""
+        return any(group.wait is not None and group.wait.ready() for group in self.groups)
+
     def waits(self) -> list[str]:
         """What it waits for, group by group, for reports."""
         blocks = self.cluster.launch.program.blocks
-        texts = []
-        for group in self.groups:
-            if group.wait is not None:
-                texts.append(f"{group.wait.describe()} at PTX line {group.wait.line}")
-            else:
-                texts.append(f"runnable at PTX line {blocks[group.block].line}")
-        return texts
+        texts = [
+            f"{group.wait.describe()} at PTX line {group.wait.line}"
+            for group in self.groups
+            if group.wait is not None
+        ]
+        # The other lanes wait for those that wait.
+        return texts or [f"runnable at PTX line {blocks[g.block].line}" for g in self.groups]

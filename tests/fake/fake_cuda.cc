@@ -20,7 +20,16 @@ extern "C" XLA_FFI_Error* fa4_jax_initialize(XLA_FFI_CallFrame* frame);
 
 namespace {
 
-enum Call { kSetDevice, kGetAttribute, kIsCapturing, kInit, kLoadToDevice, kLaunch, kNumCalls };
+enum Call {
+  kSetDevice,
+  kGetAttribute,
+  kIsCapturing,
+  kInit,
+  kLoadToDevice,
+  kLaunch,
+  kMemset,
+  kNumCalls
+};
 
 std::atomic<int> failures[kNumCalls];  // the error the call returns
 std::atomic<int> counts[kNumCalls];
@@ -147,6 +156,12 @@ int cudaDeviceGetAttribute(int* value, int attribute, int) {
 int cudaStreamIsCapturing(cudaStream_t, int* status) {
   const int error = Enter(kIsCapturing);
   *status = capturing.load();
+  return error;
+}
+
+int cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  const int error = Enter(kMemset);
+  if (error == 0) std::memset(data, value, bytes);
   return error;
 }
 
