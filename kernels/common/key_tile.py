@@ -25,10 +25,11 @@ from kernels.common.mma_sm90 import rows_and_columns
 from kernels.common.pipelines import expect_more, wait_until_drained
 from kernels.common.scheduler import (
     TileOrder,
+    announce,
     first_ticket,
     last_ticket,
-    next_ticket,
     place_of,
+    reserve,
     tile_order,
 )
 from kernels.common.softmax import LOG2_E
@@ -273,6 +274,7 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
     k_stage, v_stage = Int32(0), Int32(0)
     ticket, last = first_ticket(problem.order), last_ticket(problem.order)
     while ticket < last:
+        reserved = reserve(problem.order)
         tile = key_tile(problem, tile_mn, ticket)
         place = (tile.n_block, tile.kv_head, tile.batch)
         blocks = tile.blocks
@@ -301,7 +303,7 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
                         _load_keys(*of_k, place, (k_stage, q_slot))
         if blocks.end > blocks.begin:
             k_stage, v_stage = next_stage(k_stage, smem.k), next_stage(v_stage, smem.v)
-        ticket = next_ticket(problem.order, ticket)
+        ticket = announce(problem.order, ticket, reserved)
     if const_expr(scores_ahead):
         of_q, _ = _tiles_of_head(atoms, gmem, smem, statistics, Int32(0), Int32(0))
         q_slot = q_producer.acquire_and_advance()
