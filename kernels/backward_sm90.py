@@ -389,20 +389,21 @@ class BackwardSm90:
             issue_gemm(mma.scores, scores, resident(f_k, k_stage), first_q, zero=True)
             warpgroup.wait_group(0)
 
+        tile_mn = (self.tile_m, self.tile_n)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+        tile = key_tile(problem, tile_mn, ticket)
         while ticket < last:
-            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
             blocks = tile.blocks
             dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
             dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
             dk.fill(0.0)
             dv.fill(0.0)
             if blocks.end > blocks.begin:
-                following = next_stage(k_stage, s_k)
+                next_k_stage = next_stage(k_stage, s_k)
                 k_tile, v_tile = resident(f_k, k_stage), resident(f_v, v_stage)
                 k_t_tile = resident(f_k_t, k_stage)
-                for h in cutlass.range(tile.group, unroll=1):
-                    last_m = blocks.end - 1 if h == tile.group - 1 else -1
+                for h in cutlass.range(problem.group, unroll=1):
+                    last_m = blocks.end - 1 if h == problem.group - 1 else -1
                     for first, end, masked in blocks.segments(blocks.end):
                         for m in cutlass.range(first, end, unroll=1):
                             dp = make_accumulator(mma.scores, tile_nm)
@@ -421,7 +422,7 @@ class BackwardSm90:
                             if const_expr(masked):
                                 interval = tuple(s[None, None, q_slot.index] for s in s_interval)
                             if const_expr(self.has_softcap):
-                                cap(scores, tile.scalars)
+                                cap(scores, problem.scalars)
                                 warpgroup.wait_group(0)
                                 p, ds = capped_gradients(
                                     (scores, dp),
@@ -433,9 +434,9 @@ class BackwardSm90:
                                 )
                             else:
                                 if const_expr(masked):
-                                    place = (m, tile, (self.tile_m, self.tile_n))
+                                    start = (m * self.tile_m, tile.n_block * self.tile_n)
                                     rows = rows_and_columns(scores)
-                                    mask_transposed(rows, coords, *place, interval)
+                                    mask_transposed(rows, coords, start, problem, interval)
                                 probabilities(rows_and_columns(scores), lse_log2, scale_log2)
                                 p = to_16_bit(scores, self.dtype)
                                 warpgroup.wait_group(0)
@@ -447,7 +448,7 @@ class BackwardSm90:
                             if const_expr(self.scores_ahead):
                                 q_consumer.advance()
                                 f_q_m = stage(f_q, q_consumer.wait())
-                                next_k = resident(f_k, following if m == last_m else k_stage)
+                                next_k = resident(f_k, next_k_stage if m == last_m else k_stage)
                                 issue_gemm(mma.scores, scores, next_k, f_q_m, zero=True)
                             if const_expr(not self.has_softcap):
                                 store_matrices(ds, s_ds, q_slot.index, 0, self.tile_m)
@@ -470,13 +471,16 @@ class BackwardSm90:
                             self.hand_over_dq(dq, s_dq, group)
                             warpgroup.wait_group(0)
                             q_slot.release()
-                k_stage, v_stage = following, next_stage(v_stage, s_v)
-            dk.store(dk.load() * tile.scalars.softmax_scale)
+                k_stage, v_stage = next_k_stage, next_stage(v_stage, s_v)
+            ticket = next_ticket(problem.order, ticket)
+            # Decoded here, the next tile's loops don't wait for it.
+            following = key_tile(problem, tile_mn, cutlass.min(ticket, last - 1))
+            dk.store(dk.load() * problem.scalars.softmax_scale)
             row = tile.n_block * self.tile_n + coords.row
             for gradient, array in ((dk, stores.dk), (dv, stores.dv)):
                 array = array[None, None, tile.kv_head, tile.batch]
                 accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)
-            ticket = next_ticket(problem.order, ticket)
+            tile = following
         if const_expr(self.scores_ahead):
             q_consumer.release()
 
@@ -497,8 +501,8 @@ class BackwardSm90:
         while ticket < last:
             tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
             blocks = tile.blocks
-            for h in cutlass.range(tile.group, unroll=1):
-                g_dq = stores.g_dq[None, None, tile.kv_head * tile.group + h, tile.batch]
+            for h in cutlass.range(problem.group, unroll=1):
+                g_dq = stores.g_dq[None, None, tile.kv_head * problem.group + h, tile.batch]
                 g_dq = cute.local_tile(g_dq, (DQ_SLAB, DQ_SLAB), (None, None))
                 s_dq, g_dq = tma_tiles(stores.dq, smem.dq, g_dq)
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):

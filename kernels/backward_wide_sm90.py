@@ -371,9 +371,10 @@ class BackwardWideSm90:
         s_p = smem.p[None, None, None, thread]
         scale_log2 = problem.scalars.scale_log2()
         k_stage = Int32(0)
-        ticket, last_ticket_ = first_ticket(problem.order), last_ticket(problem.order)
-        while ticket < last_ticket_:
-            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+        tile_mn = (self.tile_m, self.tile_n)
+        ticket, end = first_ticket(problem.order), last_ticket(problem.order)
+        tile = key_tile(problem, tile_mn, ticket)
+        while ticket < end:
             blocks = tile.blocks
             dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
             dv.fill(0.0)
@@ -385,17 +386,18 @@ class BackwardWideSm90:
                 first_q = stage(f_q, q_slot)
                 issue_gemm(mma.scores, scores, k_tile, first_q, zero=True)
                 m = blocks.begin
-                g_dq, wrap = self.dq_addresses(results.dq, tile, thread)
-                for count, last in self.visits(tile):
+                g_dq, wrap = self.dq_addresses(results.dq, problem, tile, thread)
+                for count, last in self.visits(problem, tile):
                     for _ in cutlass.range(count, unroll=1):
                         lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
                         warpgroup.wait_group(0)
                         if const_expr(self.has_softcap):
-                            cap(scores, tile.scalars)
+                            cap(scores, problem.scalars)
                         if blocks.needs_mask(m):
                             interval = tuple(s[None, None, q_slot.index] for s in s_interval)
-                            place = (m, tile, (self.tile_m, self.tile_n))
-                            mask_transposed(rows_and_columns(scores), coords, *place, interval)
+                            start = (m * self.tile_m, tile.n_block * self.tile_n)
+                            rows = rows_and_columns(scores)
+                            mask_transposed(rows, coords, start, problem, interval)
                         if const_expr(self.has_softcap):
                             p = capped_probabilities(scores, lse_log2, scale_log2, self.dtype)
                         else:
@@ -426,6 +428,7 @@ class BackwardWideSm90:
                 self.store_gradient(dv, results.dv, thread, tile)
                 k_stage = next_stage(k_stage, s_k)
             ticket = next_ticket(problem.order, ticket)
+            tile = key_tile(problem, tile_mn, cutlass.min(ticket, end - 1))
 
     @cute.jit
     def gradient_side(  # noqa: C901 - a main loop, in the order in which it runs
@@ -453,9 +456,10 @@ class BackwardWideSm90:
         s_dpsum = column_statistic(smem.rows.dpsum, scores_thread, self.tile_n)
         s_p = smem.p[None, None, None, thread]
         k_stage, v_stage = Int32(0), Int32(0)
-        ticket, last_ticket_ = first_ticket(problem.order), last_ticket(problem.order)
-        while ticket < last_ticket_:
-            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+        tile_mn = (self.tile_m, self.tile_n)
+        ticket, end = first_ticket(problem.order), last_ticket(problem.order)
+        tile = key_tile(problem, tile_mn, ticket)
+        while ticket < end:
             blocks = tile.blocks
             dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
             dk.fill(0.0)
@@ -469,8 +473,8 @@ class BackwardWideSm90:
                 issue_gemm(mma.scores, dp, v_tile, first_dout, zero=True)
                 q_consumer.wait()  # k comes with it
                 m = blocks.begin
-                g_dq, wrap = self.dq_addresses(results.dq, tile, thread)
-                for count, last in self.visits(tile):
+                g_dq, wrap = self.dq_addresses(results.dq, problem, tile, thread)
+                for count, last in self.visits(problem, tile):
                     for _ in cutlass.range(count, unroll=1):
                         dpsum = self.statistic(s_dpsum[None, None, dout_slot.index])
                         warpgroup.wait_group(0)
@@ -515,16 +519,17 @@ class BackwardWideSm90:
                             warpgroup.wait_group(ahead)  # dk
                             q_slot.release()
                         m, g_dq = self.next_visit(tile, m, g_dq, wrap)
-                dk.store(dk.load() * tile.scalars.softmax_scale)
+                dk.store(dk.load() * problem.scalars.softmax_scale)
                 self.store_gradient(dk, results.dk, thread, tile)
                 k_stage = next_stage(k_stage, smem.operands.k)
                 v_stage = next_stage(v_stage, s_v)
             ticket = next_ticket(problem.order, ticket)
+            tile = key_tile(problem, tile_mn, cutlass.min(ticket, end - 1))
 
-    def visits(self, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
+    def visits(self, problem: Problem, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
         """(query tiles, whether it is the last one): a loop each, as the last one issues nothing
         ahead, and a branch around that would make ptxas wait for what is in flight."""
-        total = tile.group * (tile.blocks.end - tile.blocks.begin)
+        total = problem.group * (tile.blocks.end - tile.blocks.begin)
         return ((total - 1, False), (Int32(1), True))
 
     @cute.jit
@@ -556,13 +561,13 @@ class BackwardWideSm90:
         return dq
 
     def dq_addresses(
-        self, dq_accum: cute.Tensor, tile: KeyTile, thread: Int32
+        self, dq_accum: cute.Tensor, problem: Problem, tile: KeyTile, thread: Int32
     ) -> tuple[Int64, Int64]:
         """This thread's place in the accumulator of the first visited query tile, and what leads
         from behind the last tile of a head to the first of the next. One address that moves: its
         parts would take registers that d=256 hasn't."""
         blocks = tile.blocks
-        g_dq = dq_accum[None, None, tile.kv_head * tile.group, tile.batch]
+        g_dq = dq_accum[None, None, tile.kv_head * problem.group, tile.batch]
         tile_bytes = 4 * self.tile_m * self.width
         address = reduction_address(g_dq, thread) + Int64(blocks.begin) * tile_bytes
         visited = Int64(blocks.end - blocks.begin) * tile_bytes
