@@ -150,7 +150,7 @@ PERSISTENT_CASES = {
         3, 300, 140, (3, 1), BOTTOM_RIGHT, num_sms=3, head_sinks=(-np.inf, 1.5, 30.0)
     ),
     # Before, between and after tiles that visit something, such as don't.
-    "keys_without_queries": Case(2, 100, 400, (2, 2), {"window_size": (40, 10)}, num_sms=3),
+    "keys_without_queries": Case(2, 128, 400, (2, 2), {"window_size": (40, 10)}, num_sms=3),
 }
 # Few, because there are 48 rows with intervals, so each combines much, and one runs in every
 # schedule: 11 minutes of a core for 22.
