@@ -203,7 +203,7 @@ def signature(kernel: Kernel, features: tuple[Feature, ...] = ()) -> Signature:
         return Signature(
             (*QKV, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM, *interval),
             (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
-            (_SCALE, _SOFTCAP, *_BAND),
+            (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS),
         )
     assert kernel not in FEATURED and not features, f"{kernel} is the same with every feature"
     if kernel is Kernel.backward_preprocess:

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention backward for Hopper: TMA, WGMMA, warp-specialised (FlashAttention-2, algorithm 2;
-FlashAttention-3).
+FlashAttention-3), persistent.
 
-One CTA owns one key tile of one key/value head. It visits the query tiles that the band leaves, for
-every query head of the group, and accumulates dk and dv in registers, so that grouped heads need
-neither atomics nor another pass. Scores are computed transposed, keys by queries: the probabilities
+One CTA per multiprocessor computes key tiles, each of one key/value head, in the order of
+`kernels.common.scheduler`. For each it visits the query tiles that the mask leaves, for every query
+head of the group, and accumulates dk and dv in registers, so that grouped heads need neither
+atomics nor another pass. Scores are computed transposed, keys by queries: the probabilities
 and dS then leave the accumulators as the register operand of dv and dk. dS goes through shared
 memory for dq, the one product that reduces over keys, and dq is added to its fp32 accumulator by
 the TMA unit (the only result whose summation order is not fixed).
 
-With `Tiles.scores_ahead` the scores of the next query tile are issued before dq and dk of this one,
-so that the exponentials don't wait for them.
+With `Tiles.scores_ahead` the scores of the next visit are issued before dq and dk of this one, so
+that the exponentials don't wait for them.
+
+All rings run on from key tile to key tile, and dk and dv go from registers to global memory: while
+they are written, the next tile's k, v, q and dout arrive, and with `scores_ahead` its first scores
+are computed already.
 
     p    = exp2(scale_log2 k q^T - lse_log2)     dv += p dout
     dp   = v dout^T
@@ -22,9 +27,10 @@ so that the exponentials don't wait for them.
     2-3                     idle      24
     4-11                    compute   240       each warpgroup owns 64 of the 128 keys
 
-    load --[k, v]--> compute          one stage, loaded once
     load --[q, lse_log2]--> compute   `stages` deep; with the queries' intervals, if they have any
     load --[dout, dpsum]--> compute   `stages` deep
+    load --[k]--> compute             two stages, with a key tile's first q
+    load --[v]--> compute             one stage, with a key tile's first dout
     compute --[dS]--> compute         q's stages: a warpgroup may write the next dS while the other
                                       still multiplies by this one
     compute --[dq]--> store_dq        one slab per warpgroup, named barriers
@@ -44,19 +50,19 @@ from cutlass.utils import hopper_helpers as sm90
 from fa4_jax._variants import Feature, Variant
 from kernels.common.copy_sm90 import (
     SlabPairs,
-    accumulator_to_smem,
+    accumulator_to_gmem,
     matrix_rows,
     slab_pairs,
     store_matrices,
     store_pairs,
     tma_atom,
-    tma_store,
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     KeyTile,
     Operands,
+    Problem,
     Scalars,
     Softcap,
     Statistics,
@@ -64,9 +70,12 @@ from kernels.common.key_tile import (
     capped_gradients,
     column_statistic,
     key_tile,
+    key_tiles,
     load_operands,
     mask_transposed,
+    next_stage,
     probabilities,
+    resident,
     score_gradient,
 )
 from kernels.common.mask import Band, accumulator_coordinates
@@ -79,6 +88,7 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.scheduler import first_ticket, last_ticket, next_ticket
 
 # Named barriers; 0 is sync_threads. DQ_EMPTY + i and DQ_FULL + i belong to warpgroup i's dq slab.
 COMPUTE, DQ_EMPTY, DQ_FULL = 1, 2, 4
@@ -86,12 +96,11 @@ DQ_SLAB = 64  # rows and columns of the dq piece that one warpgroup computes
 
 
 class Stores(NamedTuple):
-    """TMA atoms and coordinate tensors (rows, dim, head, batch) of the results."""
+    """dk and dv (rows, dim, head, batch); the TMA atom and coordinate tensor of dq's
+    accumulator."""
 
-    dk: cute.CopyAtom
-    g_dk: cute.Tensor
-    dv: cute.CopyAtom
-    g_dv: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
     dq: cute.CopyAtom
     g_dq: cute.Tensor
 
@@ -153,6 +162,8 @@ class BackwardSm90:
         self.registers = register_split(self.warpgroups)
         # dq is tile_m x head_dim: warpgroups split its rows if there are enough, else its columns.
         self.dq_atoms = (self.tile_m // DQ_SLAB, self.head_dim // DQ_SLAB, 1)
+        # k is read until a tile's end, v until its last dp: then the next one is loaded.
+        self.k_stages, self.v_stages = 2, 1
         assert self.tile_n == 64 * self.warpgroups, "a warpgroup owns 64 keys"
         assert self.stages >= 2, "dS, too, is written before the last one has been read"
         assert self.dq_atoms[0] * self.dq_atoms[1] == self.warpgroups, (
@@ -167,6 +178,7 @@ class BackwardSm90:
         softcap: Float32,
         band_lower: Int32,
         band_upper: Int32,
+        num_sms: Int32,
         *buffers: cute.Tensor,
     ):
         q, k, v, dout, lse_log2, dpsum, dq_accum, *intervals, dk, dv = buffers
@@ -177,7 +189,7 @@ class BackwardSm90:
         )
         dq = cute.make_tensor(dq_accum.iterator, cute.select(dq_accum.layout, mode=[2, 3, 1, 0]))
         layouts = self.layouts()
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load = cpasync.CopyBulkTensorTileG2SOp()
         reduce = cpasync.CopyReduceBulkTensorTileS2GOp(cute.ReductionKind.ADD)
         loads = [
             tma_atom(load, array, layout, (rows, dim))
@@ -190,8 +202,8 @@ class BackwardSm90:
         ]
         atoms, coordinates = (Operands(*part) for part in zip(*loads, strict=True))
         stores = Stores(
-            *tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
-            *tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
+            dk,
+            dv,
             *tma_atom(reduce, dq, layouts.dq, (DQ_SLAB, DQ_SLAB)),
         )
         stages = self.stages
@@ -204,8 +216,6 @@ class BackwardSm90:
         class Storage:
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
             dout_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
-            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
-            v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             kv_start: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
@@ -218,22 +228,15 @@ class BackwardSm90:
             dq: cute.struct.Align[cute.struct.MemRange[Float32, cute.cosize(layouts.dq)], 1024]
 
         self.storage = Storage
-        n_blocks = cute.ceil_div(k.shape[0], self.tile_n)
-        self.kernel(
-            atoms,
-            coordinates,
-            stores,
-            self.mma(),
-            layouts,
-            Statistics(lse_log2, dpsum, tuple(intervals[:2])),
-            Scalars(
-                softmax_scale,
-                Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
-                Band(band_lower, band_upper),
-            ),
-            tuple(intervals[2:]),
-        ).launch(
-            grid=(n_blocks * k.shape[2] * k.shape[3], 1, 1),
+        scalars = Scalars(
+            softmax_scale,
+            Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
+            Band(band_lower, band_upper),
+        )
+        problem = key_tiles(q, k, self.tile_n, scalars, tuple(intervals[2:]), num_sms)
+        rows = Statistics(lse_log2, dpsum, tuple(intervals[:2]))
+        self.kernel(atoms, coordinates, stores, self.mma(), layouts, rows, problem).launch(
+            grid=(problem.order.ctas, 1, 1),
             block=(self.threads, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
@@ -250,9 +253,9 @@ class BackwardSm90:
             q_t=b(col_major, (n, d, m), self.dtype, self.stages),
             dout=b(row_major, (n, m, dv), self.dtype, self.stages),
             dout_t=b(col_major, (n, dv, m), self.dtype, self.stages),
-            k=a(row_major, (n, m, d), self.dtype, 1),
-            k_t=b(col_major, (m, d, n), self.dtype, 1),
-            v=a(row_major, (n, m, dv), self.dtype, 1),
+            k=a(row_major, (n, m, d), self.dtype, self.k_stages),
+            k_t=b(col_major, (m, d, n), self.dtype, self.k_stages),
+            v=a(row_major, (n, m, dv), self.dtype, self.v_stages),
             ds=a(row_major, (n, d, m), self.dtype, self.stages),
             ds_t=a(col_major, (m, d, n), self.dtype, self.stages),
             dq=sm90.make_smem_layout_epi(Float32, row_major, (DQ_SLAB, DQ_SLAB), self.warpgroups),
@@ -280,8 +283,7 @@ class BackwardSm90:
         mma: Mma,
         layouts: Layouts,
         statistics: Statistics,
-        scalars: Scalars,
-        query_range: tuple[cute.Tensor, ...],
+        problem: Problem,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -292,27 +294,23 @@ class BackwardSm90:
             load_tile_pipeline(barriers, layout, self.dtype, warps, extra)
             for barriers, layout, extra in (
                 (storage.q_barriers, layouts.q, (3 if self.has_intervals else 1) * row_bytes),
-                (storage.k_barriers, layouts.k, 0),
-                (storage.v_barriers, layouts.v, 0),
                 (storage.dout_barriers, layouts.dout, row_bytes),
             )
         )
-        producers, consumers = (Operands(*side) for side in zip(*pipes, strict=True))
+        producers, consumers = zip(*pipes, strict=True)
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
-        tile_mn = (self.tile_m, self.tile_n)
-        tile = key_tile(coordinates.q, coordinates.k, tile_mn, scalars, query_range)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
                 rows, ahead = (statistics, smem.rows), self.scores_ahead
-                load_operands(atoms, coordinates, smem.operands, producers, rows, tile, ahead)
+                load_operands(atoms, coordinates, smem.operands, producers, rows, problem, ahead)
             if warp_idx == 1:
-                self.store_dq(stores, smem, tile)
+                self.store_dq(stores, smem, problem)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.compute(thread - WARPGROUP, mma, smem, layouts, consumers, tile, stores)
+            self.compute(thread - WARPGROUP, mma, smem, layouts, consumers, problem, stores)
 
     def shared_memory(self, storage, layouts: Layouts) -> Smem:
         """The tiles and their transposed views."""
@@ -351,34 +349,30 @@ class BackwardSm90:
         mma: Mma,
         smem: Smem,
         layouts: Layouts,
-        consumers: Operands,
-        tile: KeyTile,
+        consumers: tuple,
+        problem: Problem,
         stores: Stores,
     ):
-        """The five products of every visited query tile for this warpgroup's 64 keys, then dk and
-        dv."""
-        q_consumer, k_consumer, v_consumer, dout_consumer = consumers
+        """For every key tile, the five products of the visited query tiles for this warpgroup's 64
+        keys, then dk and dv."""
+        q_consumer, dout_consumer = consumers
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         # Descriptors are the warpgroup's: from its first thread, which is uniform.
         first_thread = group * WARPGROUP
         scores_thread = mma.scores.get_slice(first_thread)
         dq_thread = mma.dq.get_slice(first_thread)
         s_q, s_k, s_v, s_dout = smem.operands
-        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(s_k))[None, None, None, 0]
-        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(s_v))[None, None, None, 0]
+        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(s_k))
+        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(s_v))
         f_q = mma.scores.make_fragment_B(scores_thread.partition_B(s_q))
         f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(s_dout))
         f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(first_thread).partition_B(smem.q_t))
         f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(first_thread).partition_B(smem.dout_t))
         f_ds_t = mma.dq.make_fragment_A(dq_thread.partition_A(smem.ds_t))
-        f_k_t = mma.dq.make_fragment_B(dq_thread.partition_B(smem.k_t))[None, None, None, 0]
+        f_k_t = mma.dq.make_fragment_B(dq_thread.partition_B(smem.k_t))
 
         tile_nm = (self.tile_n, self.tile_m)
         coords = accumulator_coordinates(mma.scores, thread, tile_nm)
-        dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
-        dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
-        dk.fill(0.0)
-        dv.fill(0.0)
         s_ds = matrix_rows(smem.ds, layouts.ds, thread)
         s_dq = slab_pairs(
             smem.dq_flat, layouts.dq, mma.dq_slab, (thread % WARPGROUP, group), (DQ_SLAB, DQ_SLAB)
@@ -388,88 +382,101 @@ class BackwardSm90:
             column_statistic(rows, mine, self.tile_n)
             for rows in (smem.rows.lse_log2, smem.rows.dpsum, *smem.rows.interval)
         )
-        scale_log2 = tile.scalars.scale_log2()
-        blocks = tile.blocks
+        scale_log2 = problem.scalars.scale_log2()
+        k_stage, v_stage = Int32(0), Int32(0)
+        scores = make_accumulator(mma.scores, tile_nm)
+        if const_expr(self.scores_ahead):
+            first_q = stage(f_q, q_consumer.wait())
+            issue_gemm(mma.scores, scores, resident(f_k, k_stage), first_q, zero=True)
+            warpgroup.wait_group(0)
 
-        if blocks.end > blocks.begin:
-            k_consumer.wait()
-            scores = make_accumulator(mma.scores, tile_nm)
-            if const_expr(self.scores_ahead):
-                first_q = stage(f_q, q_consumer.wait())
-                issue_gemm(mma.scores, scores, f_k, first_q, zero=True)
-                warpgroup.wait_group(0)
-            v_consumer.wait()
-            for _ in cutlass.range(tile.group, unroll=1):
-                for first, end, masked in blocks.segments(blocks.end):
-                    for m in cutlass.range(first, end, unroll=1):
-                        dp = make_accumulator(mma.scores, tile_nm)
-                        q_slot = q_consumer.current_handle()
-                        if const_expr(not self.scores_ahead):
-                            q_consumer.wait_and_advance()
-                            f_q_m = stage(f_q, q_slot)
-                            issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
-                        dout_slot = dout_consumer.wait_and_advance()
-                        f_dout_m = stage(f_dout, dout_slot)
-                        issue_gemm(mma.scores, dp, f_v, f_dout_m, zero=True)
-                        warpgroup.wait_group(1)
-                        lse_log2 = s_lse[None, None, q_slot.index]
-                        dpsum = s_dpsum[None, None, dout_slot.index]
-                        interval = ()
-                        if const_expr(masked):
-                            interval = tuple(s[None, None, q_slot.index] for s in s_interval)
-                        if const_expr(self.has_softcap):
-                            cap(scores, tile.scalars)
-                            warpgroup.wait_group(0)
-                            p, ds = capped_gradients(
-                                (scores, dp),
-                                Statistics(lse_log2, dpsum, interval),
-                                (coords, tile.n_block * self.tile_n),
-                                scale_log2,
-                                (s_ds, q_slot.index),
-                                self.dtype,
-                            )
-                        else:
-                            if const_expr(masked):
-                                place = (m, tile, (self.tile_m, self.tile_n))
-                                mask_transposed(rows_and_columns(scores), coords, *place, interval)
-                            probabilities(rows_and_columns(scores), lse_log2, scale_log2)
-                            p = to_16_bit(scores, self.dtype)
-                            warpgroup.wait_group(0)
-                            score_gradient(rows_and_columns(scores), rows_and_columns(dp), dpsum)
-                            ds = to_16_bit(dp, self.dtype)
-                        f_dout_m = stage(f_dout_t, dout_slot)
-                        issue_gemm(mma.dv, dv, as_a_operand(p), f_dout_m, zero=False)
-                        if const_expr(self.scores_ahead):
-                            q_consumer.advance()
-                            q_next = q_consumer.wait()
-                            f_q_m = stage(f_q, q_next)
-                            issue_gemm(mma.scores, scores, f_k, f_q_m, zero=True)
-                        if const_expr(not self.has_softcap):
-                            store_matrices(ds, s_ds, q_slot.index, 0, self.tile_m)
-                        cute.arch.fence_view_async_shared()
-                        cute.arch.barrier(
-                            barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
-                        )
-                        if const_expr(self.scores_ahead):
-                            # Before dq is issued: p's registers are needed.
+        ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+        while ticket < last:
+            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+            blocks = tile.blocks
+            dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
+            dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
+            dk.fill(0.0)
+            dv.fill(0.0)
+            if blocks.end > blocks.begin:
+                following = next_stage(k_stage, s_k)
+                k_tile, v_tile = resident(f_k, k_stage), resident(f_v, v_stage)
+                k_t_tile = resident(f_k_t, k_stage)
+                for h in cutlass.range(tile.group, unroll=1):
+                    last_m = blocks.end - 1 if h == tile.group - 1 else -1
+                    for first, end, masked in blocks.segments(blocks.end):
+                        for m in cutlass.range(first, end, unroll=1):
+                            dp = make_accumulator(mma.scores, tile_nm)
+                            q_slot = q_consumer.current_handle()
+                            if const_expr(not self.scores_ahead):
+                                q_consumer.wait_and_advance()
+                                f_q_m = stage(f_q, q_slot)
+                                issue_gemm(mma.scores, scores, k_tile, f_q_m, zero=True)
+                            dout_slot = dout_consumer.wait_and_advance()
+                            f_dout_m = stage(f_dout, dout_slot)
+                            issue_gemm(mma.scores, dp, v_tile, f_dout_m, zero=True)
                             warpgroup.wait_group(1)
-                            dout_slot.release()
-                        dq = make_accumulator(mma.dq, (self.tile_m, self.head_dim))
-                        issue_gemm(mma.dq, dq, stage(f_ds_t, q_slot), f_k_t, zero=True)
-                        f_q_m = stage(f_q_t, q_slot)
-                        issue_gemm(mma.dk, dk, as_a_operand(ds), f_q_m, zero=False)
-                        if const_expr(not self.scores_ahead):
-                            warpgroup.wait_group(2)
-                            dout_slot.release()
-                        warpgroup.wait_group(1)
-                        self.hand_over_dq(dq, s_dq, group)
-                        warpgroup.wait_group(0)
-                        q_slot.release()
-            if const_expr(self.scores_ahead):
-                q_consumer.release()
-
-        dk.store(dk.load() * tile.scalars.softmax_scale)
-        self.epilogue(thread, mma, smem, tile, stores, (dk, dv))
+                            lse_log2 = s_lse[None, None, q_slot.index]
+                            dpsum = s_dpsum[None, None, dout_slot.index]
+                            interval = ()
+                            if const_expr(masked):
+                                interval = tuple(s[None, None, q_slot.index] for s in s_interval)
+                            if const_expr(self.has_softcap):
+                                cap(scores, tile.scalars)
+                                warpgroup.wait_group(0)
+                                p, ds = capped_gradients(
+                                    (scores, dp),
+                                    Statistics(lse_log2, dpsum, interval),
+                                    (coords, tile.n_block * self.tile_n),
+                                    scale_log2,
+                                    (s_ds, q_slot.index),
+                                    self.dtype,
+                                )
+                            else:
+                                if const_expr(masked):
+                                    place = (m, tile, (self.tile_m, self.tile_n))
+                                    rows = rows_and_columns(scores)
+                                    mask_transposed(rows, coords, *place, interval)
+                                probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                                p = to_16_bit(scores, self.dtype)
+                                warpgroup.wait_group(0)
+                                rows = rows_and_columns(scores)
+                                score_gradient(rows, rows_and_columns(dp), dpsum)
+                                ds = to_16_bit(dp, self.dtype)
+                            f_dout_m = stage(f_dout_t, dout_slot)
+                            issue_gemm(mma.dv, dv, as_a_operand(p), f_dout_m, zero=False)
+                            if const_expr(self.scores_ahead):
+                                q_consumer.advance()
+                                f_q_m = stage(f_q, q_consumer.wait())
+                                next_k = resident(f_k, following if m == last_m else k_stage)
+                                issue_gemm(mma.scores, scores, next_k, f_q_m, zero=True)
+                            if const_expr(not self.has_softcap):
+                                store_matrices(ds, s_ds, q_slot.index, 0, self.tile_m)
+                            cute.arch.fence_view_async_shared()
+                            cute.arch.barrier(
+                                barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
+                            )
+                            if const_expr(self.scores_ahead):
+                                # Before dq is issued: p's registers are needed.
+                                warpgroup.wait_group(1)
+                                dout_slot.release()
+                            dq = make_accumulator(mma.dq, (self.tile_m, self.head_dim))
+                            issue_gemm(mma.dq, dq, stage(f_ds_t, q_slot), k_t_tile, zero=True)
+                            f_q_m = stage(f_q_t, q_slot)
+                            issue_gemm(mma.dk, dk, as_a_operand(ds), f_q_m, zero=False)
+                            if const_expr(not self.scores_ahead):
+                                warpgroup.wait_group(2)
+                                dout_slot.release()
+                            warpgroup.wait_group(1)
+                            self.hand_over_dq(dq, s_dq, group)
+                            warpgroup.wait_group(0)
+                            q_slot.release()
+                k_stage, v_stage = following, next_stage(v_stage, s_v)
+            dk.store(dk.load() * tile.scalars.softmax_scale)
+            self.store_gradients((dk, dv), (thread % WARPGROUP, group), tile, stores)
+            ticket = next_ticket(problem.order, ticket)
+        if const_expr(self.scores_ahead):
+            q_consumer.release()
 
     @cute.jit
     def hand_over_dq(self, dq: cute.Tensor, s_dq: SlabPairs, group: Int32):
@@ -481,39 +488,28 @@ class BackwardSm90:
         cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=threads)
 
     @cute.jit
-    def epilogue(
+    def store_gradients(
         self,
-        thread: Int32,
-        mma: Mma,
-        smem: Smem,
+        gradients: tuple,
+        place: tuple[Int32, Int32],
         tile: KeyTile,
         stores: Stores,
-        gradients: tuple,
     ):
-        """dk, dv -> 16 bit -> the shared memory of k and v -> TMA stores, which clip keys past
-        seqlen_k."""
-        everybody = self.warpgroups * WARPGROUP
-        cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)  # k has been read for dq
-        s_k, s_v = smem.operands.k, smem.operands.v
-        accumulator_to_smem(gradients[0], mma.dk, thread, s_k[None, None, 0])
-        accumulator_to_smem(gradients[1], mma.dv, thread, s_v[None, None, 0])
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=COMPUTE, number_of_threads=everybody)
-        if cute.arch.make_warp_uniform(thread // 32) == 0:
-            for atom, s, g, dim in (
-                (stores.dk, s_k, stores.g_dk, self.head_dim),
-                (stores.dv, s_v, stores.g_dv, self.head_dim_v),
-            ):
-                g = g[None, None, tile.kv_head, tile.batch]
-                g = cute.local_tile(g, (self.tile_n, dim), (tile.n_block, 0))
-                tma_store(atom, s[None, None, 0], g)
+        """A warpgroup's 64 keys of dk and dv, `place` (thread, warpgroup)."""
+        thread, group = place
+        first = tile.n_block * self.tile_n + 64 * group
+        for gradient, g in zip(gradients, (stores.dk, stores.dv), strict=True):
+            g = cute.domain_offset((first, 0), g[None, None, tile.kv_head, tile.batch])
+            accumulator_to_gmem(gradient, g, thread, tile.seqlen_k - first)
 
     @cute.jit
-    def store_dq(self, stores: Stores, smem: Smem, tile: KeyTile):
+    def store_dq(self, stores: Stores, smem: Smem, problem: Problem):
         """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
         handed back."""
-        blocks = tile.blocks
-        if blocks.end > blocks.begin:
+        ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+        while ticket < last:
+            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+            blocks = tile.blocks
             for h in cutlass.range(tile.group, unroll=1):
                 g_dq = stores.g_dq[None, None, tile.kv_head * tile.group + h, tile.batch]
                 g_dq = cute.local_tile(g_dq, (DQ_SLAB, DQ_SLAB), (None, None))
@@ -534,4 +530,5 @@ class BackwardSm90:
                         cute.copy(stores.dq, s_dq[None, group], g_dq[None, m_slab, column])
                         cute.arch.cp_async_bulk_commit_group()
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
-            cute.arch.cp_async_bulk_wait_group(0)
+            ticket = next_ticket(problem.order, ticket)
+        cute.arch.cp_async_bulk_wait_group(0)

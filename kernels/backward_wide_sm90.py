@@ -13,9 +13,10 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
     8-11    gradients       240       dS = p (v dout^T - dpsum)                  dk += dS q
                             both      dq_accum += dS^T k
 
-    load --[k, v]--> both                        one stage, loaded once
     load --[q, lse_log2]--> both                 `stages` deep; with the intervals, if any
     load --[dout, dpsum]--> both                 `stages` deep
+    load --[k]--> both                           with a key tile's first q; two stages, or one
+    load --[v]--> gradients                      with a key tile's first dout, likewise
     probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL; with a softcap,
                                                  p (1 - t^2): see `key_tile`
     gradients --[dS]--> both                     one stage, named barrier DS_FULL
@@ -24,7 +25,8 @@ Scores are transposed (keys by queries), so p and dS are the register operands o
 each operand of the scores is read by one MMA of 64 by 64 and not by two of half its size, which
 shared memory would bound. p goes to the other warpgroup in fp32, thread to thread; dS as a tile,
 for dq. The two edges need no empty barriers: before P_FULL of the next tile both warpgroups have
-finished this tile's dq, and before DS_FULL of this tile p has been read.
+finished this tile's dq, and before DS_FULL of this tile p has been read. So they run on from key
+tile to key tile.
 
 Each warpgroup issues its scores of the next tile before it adds its last part of dq of this one,
 and the probabilities' warpgroup has fewer of dq's columns: its exponentials then run while the
@@ -48,17 +50,17 @@ from cutlass.utils import hopper_helpers as sm90
 
 from fa4_jax._variants import Feature, Variant
 from kernels.common.copy_sm90 import (
-    accumulator_to_smem,
+    accumulator_to_gmem,
     add_to_gmem,
     reduction_address,
     store_matrix,
     tma_atom,
-    tma_store,
 )
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     KeyTile,
     Operands,
+    Problem,
     Scalars,
     Softcap,
     Statistics,
@@ -66,9 +68,12 @@ from kernels.common.key_tile import (
     capped_probabilities,
     column_statistic,
     key_tile,
+    key_tiles,
     load_operands,
     mask_transposed,
+    next_stage,
     probabilities,
+    resident,
 )
 from kernels.common.mask import Band, accumulator_coordinates
 from kernels.common.mma_sm90 import (
@@ -76,23 +81,28 @@ from kernels.common.mma_sm90 import (
     issue_gemm,
     make_accumulator,
     rows_and_columns,
+    stage,
     to_16_bit,
 )
-from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.pipelines import (
+    SHARED_MEMORY,
+    WARPGROUP,
+    load_tile_pipeline,
+    register_split,
+)
+from kernels.common.scheduler import first_ticket, last_ticket, next_ticket
 
-# Named barriers; 0 is sync_threads. STORE + i belongs to warpgroup i.
-P_FULL, DS_FULL, STORE = 1, 2, 3
+# Named barriers; 0 is sync_threads.
+P_FULL, DS_FULL = 1, 2
 BOTH = 2 * WARPGROUP
 TILE_M = 64  # queries per tile: the rows of one MMA of dq
 
 
-class Stores(NamedTuple):
-    """TMA atoms and coordinate tensors (rows, dim, head, batch) of dk and dv; dq's accumulator."""
+class Results(NamedTuple):
+    """dk, dv and dq's accumulator (rows, dim, head, batch)."""
 
-    dk: cute.CopyAtom
-    g_dk: cute.Tensor
-    dv: cute.CopyAtom
-    g_dv: cute.Tensor
+    dk: cute.Tensor
+    dv: cute.Tensor
     dq: cute.Tensor
 
 
@@ -153,6 +163,13 @@ class BackwardWideSm90:
         self.dq_parts = tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
         assert sum(widths) == self.head_dim
         self.width = variant.static_dims["E"]
+        # Of k and v. At d=256, where one set fits, the next tile's v is loaded from a tile's last
+        # dp on, and its k from its last dq on.
+        per_row = (self.head_dim + self.head_dim_v) * self.dtype.width // 8
+        dq_operand, p = (self.tile_m * self.tile_n * x // 8 for x in (self.dtype.width, 32))
+        rest = self.stages * self.tile_m * per_row + dq_operand + p + 4096  # rows, barriers
+        fits = rest + 2 * self.tile_n * per_row <= SHARED_MEMORY
+        self.key_stages = 2 if fits else 1
         assert self.tile_m == TILE_M and self.tile_n % 64 == 0
         assert variant.tiles.mma_warpgroups == 2, "the products are divided into two"
 
@@ -164,6 +181,7 @@ class BackwardWideSm90:
         softcap: Float32,
         band_lower: Int32,
         band_upper: Int32,
+        num_sms: Int32,
         *buffers: cute.Tensor,
     ):
         q, k, v, dout, lse_log2, dpsum, dq_accum, *intervals, dk, dv = buffers
@@ -174,7 +192,7 @@ class BackwardWideSm90:
         )
         dq = cute.make_tensor(dq_accum.iterator, cute.select(dq_accum.layout, mode=[2, 3, 1, 0]))
         layouts = self.layouts()
-        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        load = cpasync.CopyBulkTensorTileG2SOp()
         loads = [
             tma_atom(load, array, layout, (rows, dim))
             for array, layout, rows, dim in (
@@ -185,11 +203,6 @@ class BackwardWideSm90:
             )
         ]
         atoms, coordinates = (Operands(*part) for part in zip(*loads, strict=True))
-        stores = Stores(
-            *tma_atom(store, dk, layouts.k, (self.tile_n, self.head_dim)),
-            *tma_atom(store, dv, layouts.v, (self.tile_n, self.head_dim_v)),
-            dq,
-        )
         stages = self.stages
         bounds = self.tile_m * stages if self.has_intervals else 0
 
@@ -200,8 +213,6 @@ class BackwardWideSm90:
         class Storage:
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
             dout_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
-            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
-            v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             dpsum: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
             kv_start: cute.struct.Align[cute.struct.MemRange[Int32, bounds], 128]
@@ -214,22 +225,15 @@ class BackwardWideSm90:
             p: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_n * self.tile_m], 128]
 
         self.storage = Storage
-        n_blocks = cute.ceil_div(k.shape[0], self.tile_n)
-        self.kernel(
-            atoms,
-            coordinates,
-            stores,
-            self.mma(),
-            layouts,
-            Statistics(lse_log2, dpsum, tuple(intervals[:2])),
-            Scalars(
-                softmax_scale,
-                Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
-                Band(band_lower, band_upper),
-            ),
-            tuple(intervals[2:]),
-        ).launch(
-            grid=(n_blocks * k.shape[2] * k.shape[3], 1, 1),
+        scalars = Scalars(
+            softmax_scale,
+            Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
+            Band(band_lower, band_upper),
+        )
+        problem = key_tiles(q, k, self.tile_n, scalars, tuple(intervals[2:]), num_sms)
+        rows, results = Statistics(lse_log2, dpsum, tuple(intervals[:2])), Results(dk, dv, dq)
+        self.kernel(atoms, coordinates, results, self.mma(), layouts, rows, problem).launch(
+            grid=(problem.order.ctas, 1, 1),
             block=(3 * WARPGROUP, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
@@ -246,9 +250,9 @@ class BackwardWideSm90:
             q_t=b(col_major, (n, d, m), self.dtype, self.stages),
             dout=b(row_major, (n, m, dv), self.dtype, self.stages),
             dout_t=b(col_major, (n, dv, m), self.dtype, self.stages),
-            k=a(row_major, (n, m, d), self.dtype, 1),
-            k_t=b(col_major, (m, d, n), self.dtype, 1),
-            v=a(row_major, (n, m, dv), self.dtype, 1),
+            k=a(row_major, (n, m, d), self.dtype, self.key_stages),
+            k_t=b(col_major, (m, d, n), self.dtype, self.key_stages),
+            v=a(row_major, (n, m, dv), self.dtype, self.key_stages),
             ds=a(row_major, (n, d, m), self.dtype, 1),
             ds_t=a(col_major, (m, d, n), self.dtype, 1),
         )
@@ -272,12 +276,11 @@ class BackwardWideSm90:
         self,
         atoms: Operands,
         coordinates: Operands,
-        stores: Stores,
+        results: Results,
         mma: Mma,
         layouts: Layouts,
         statistics: Statistics,
-        scalars: Scalars,
-        query_range: tuple[cute.Tensor, ...],
+        problem: Problem,
     ):
         thread, _, _ = cute.arch.thread_idx()
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -288,28 +291,24 @@ class BackwardWideSm90:
             load_tile_pipeline(barriers, layout, self.dtype, BOTH // 32, extra)
             for barriers, layout, extra in (
                 (storage.q_barriers, layouts.q, (3 if self.has_intervals else 1) * row_bytes),
-                (storage.k_barriers, layouts.k, 0),
-                (storage.v_barriers, layouts.v, 0),
                 (storage.dout_barriers, layouts.dout, row_bytes),
             )
         )
-        producers, consumers = (Operands(*side) for side in zip(*pipes, strict=True))
+        producers, consumers = zip(*pipes, strict=True)
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
-        tile_mn = (self.tile_m, self.tile_n)
-        tile = key_tile(coordinates.q, coordinates.k, tile_mn, scalars, query_range)
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
                 rows = (statistics, smem.rows)
-                load_operands(atoms, coordinates, smem.operands, producers, rows, tile, False)
+                load_operands(atoms, coordinates, smem.operands, producers, rows, problem, False)
         elif warp_idx < 8:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.probability_side(thread % WARPGROUP, mma, smem, consumers, tile, stores)
+            self.probability_side(thread % WARPGROUP, mma, smem, consumers, problem, results)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
-            self.gradient_side(thread % WARPGROUP, mma, smem, consumers, tile, stores)
+            self.gradient_side(thread % WARPGROUP, mma, smem, consumers, problem, results)
 
     def shared_memory(self, storage, layouts: Layouts) -> Smem:
         """The tiles and their transposed views."""
@@ -354,161 +353,182 @@ class BackwardWideSm90:
         )
 
     @cute.jit
-    def probability_side(
+    def probability_side(  # noqa: C901 - a main loop, in the order in which it runs
         self,
         thread: Int32,
         mma: Mma,
         smem: Smem,
-        consumers: Operands,
-        tile: KeyTile,
-        stores: Stores,
+        consumers: tuple,
+        problem: Problem,
+        results: Results,
     ):
-        """p, dv and the first part of dq for every visited query tile; then dv."""
-        q_consumer, k_consumer, _, dout_consumer = consumers
+        """For every key tile, p, dv and the first part of dq for every visited query tile; then
+        dv."""
+        q_consumer, dout_consumer = consumers
         scores_thread = mma.scores.get_slice(thread)
         s_k, s_q = smem.operands.k, smem.operands.q
-        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(s_k))[None, None, None, 0]
+        f_k = mma.scores.make_fragment_A(scores_thread.partition_A(s_k))
         f_q = mma.scores.make_fragment_B(scores_thread.partition_B(s_q))
         f_dout_t = mma.dv.make_fragment_B(mma.dv.get_slice(thread).partition_B(smem.dout_t))
-        f_dq = [self.dq_operands(thread, mma, smem, 0)]
+        f_dq = self.dq_operands(thread, mma, smem, 0)
         tile_nm = (self.tile_n, self.tile_m)
         coords = accumulator_coordinates(mma.scores, thread, tile_nm)
         scores = make_accumulator(mma.scores, tile_nm)
-        dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
-        dv.fill(0.0)
         s_lse, *s_interval = (
             column_statistic(rows, scores_thread, self.tile_n)
             for rows in (smem.rows.lse_log2, *smem.rows.interval)
         )
         s_p = smem.p[None, None, None, thread]
-        scale_log2 = tile.scalars.scale_log2()
-        blocks = tile.blocks
-
-        if blocks.end > blocks.begin:
-            k_consumer.wait()
-            q_slot = q_consumer.wait_and_advance()
-            issue_gemm(mma.scores, scores, f_k, f_q[None, None, None, q_slot.index], zero=True)
-            m = blocks.begin
-            g_dq, wrap = self.dq_addresses(stores.dq, tile, thread)
-            for count, last in self.visits(tile):
-                for _ in cutlass.range(count, unroll=1):
-                    lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
-                    warpgroup.wait_group(0)
-                    if const_expr(self.has_softcap):
-                        cap(scores, tile.scalars)
-                    if blocks.needs_mask(m):
-                        interval = tuple(s[None, None, q_slot.index] for s in s_interval)
-                        place = (m, tile, (self.tile_m, self.tile_n))
-                        mask_transposed(rows_and_columns(scores), coords, *place, interval)
-                    if const_expr(self.has_softcap):
-                        p = capped_probabilities(scores, lse_log2, scale_log2, self.dtype)
-                    else:
-                        probabilities(rows_and_columns(scores), lse_log2, scale_log2)
-                    q_slot.release()
-                    self.store_quads(self.as_quads(scores), s_p)
-                    cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=BOTH)
-                    if const_expr(not self.has_softcap):
-                        p = to_16_bit(scores, self.dtype)
-                    dout_slot = dout_consumer.wait_and_advance()
-                    f_b = f_dout_t[None, None, None, dout_slot.index]
-                    issue_gemm(mma.dv, dv, as_a_operand(p), f_b, zero=False)
-                    cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
-                    dq = self.issue_dq(mma, f_dq, 0)
-                    # dv first: the scores would not fit beside p. They follow dq without a gap.
-                    warpgroup.wait_group(1)
-                    dout_slot.release()
-                    if const_expr(not last):
-                        q_slot = q_consumer.wait_and_advance()
-                        f_b = f_q[None, None, None, q_slot.index]
-                        issue_gemm(mma.scores, scores, f_k, f_b, zero=True)
-                    warpgroup.wait_group(const_expr(int(not last)))
-                    self.add_dq(dq, g_dq, 0)
-                    m, g_dq = self.next_visit(tile, m, g_dq, wrap)
-
-        g_dv = stores.g_dv[None, None, tile.kv_head, tile.batch]
-        g_dv = cute.local_tile(g_dv, (self.tile_n, self.head_dim_v), (tile.n_block, 0))
-        self.epilogue(thread, 0, dv, mma.dv, smem.operands.v, (stores.dv, g_dv))
+        scale_log2 = problem.scalars.scale_log2()
+        k_stage = Int32(0)
+        ticket, last_ticket_ = first_ticket(problem.order), last_ticket(problem.order)
+        while ticket < last_ticket_:
+            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+            blocks = tile.blocks
+            dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
+            dv.fill(0.0)
+            if blocks.end == blocks.begin:
+                self.store_gradient(dv, results.dv, thread, tile)
+            else:
+                k_tile, dq_tile = resident(f_k, k_stage), (f_dq[0], resident(f_dq[1], k_stage))
+                q_slot = q_consumer.wait_and_advance()
+                first_q = stage(f_q, q_slot)
+                issue_gemm(mma.scores, scores, k_tile, first_q, zero=True)
+                m = blocks.begin
+                g_dq, wrap = self.dq_addresses(results.dq, tile, thread)
+                for count, last in self.visits(tile):
+                    for _ in cutlass.range(count, unroll=1):
+                        lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
+                        warpgroup.wait_group(0)
+                        if const_expr(self.has_softcap):
+                            cap(scores, tile.scalars)
+                        if blocks.needs_mask(m):
+                            interval = tuple(s[None, None, q_slot.index] for s in s_interval)
+                            place = (m, tile, (self.tile_m, self.tile_n))
+                            mask_transposed(rows_and_columns(scores), coords, *place, interval)
+                        if const_expr(self.has_softcap):
+                            p = capped_probabilities(scores, lse_log2, scale_log2, self.dtype)
+                        else:
+                            probabilities(rows_and_columns(scores), lse_log2, scale_log2)
+                        if const_expr(not last):
+                            q_slot.release()
+                        self.store_quads(self.as_quads(scores), s_p)
+                        cute.arch.barrier_arrive(barrier_id=P_FULL, number_of_threads=BOTH)
+                        if const_expr(not self.has_softcap):
+                            p = to_16_bit(scores, self.dtype)
+                        dout_slot = dout_consumer.wait_and_advance()
+                        f_b = stage(f_dout_t, dout_slot)
+                        issue_gemm(mma.dv, dv, as_a_operand(p), f_b, zero=False)
+                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+                        dq = self.issue_dq(mma, dq_tile, 0)
+                        # dv first: the scores would not fit beside p. They follow dq without a gap.
+                        warpgroup.wait_group(1)
+                        dout_slot.release()
+                        if const_expr(not last):
+                            q_slot = q_consumer.wait_and_advance()
+                            f_b = stage(f_q, q_slot)
+                            issue_gemm(mma.scores, scores, k_tile, f_b, zero=True)
+                        warpgroup.wait_group(const_expr(int(not last)))
+                        if const_expr(last):
+                            q_slot.release()  # and k
+                        self.add_dq(dq, g_dq, 0)
+                        m, g_dq = self.next_visit(tile, m, g_dq, wrap)
+                self.store_gradient(dv, results.dv, thread, tile)
+                k_stage = next_stage(k_stage, s_k)
+            ticket = next_ticket(problem.order, ticket)
 
     @cute.jit
-    def gradient_side(
+    def gradient_side(  # noqa: C901 - a main loop, in the order in which it runs
         self,
         thread: Int32,
         mma: Mma,
         smem: Smem,
-        consumers: Operands,
-        tile: KeyTile,
-        stores: Stores,
+        consumers: tuple,
+        problem: Problem,
+        results: Results,
     ):
-        """dS, dk and the other parts of dq for every visited query tile; then dk."""
-        q_consumer, k_consumer, v_consumer, dout_consumer = consumers
+        """For every key tile, dS, dk and the other parts of dq for every visited query tile; then
+        dk."""
+        q_consumer, dout_consumer = consumers
         scores_thread = mma.scores.get_slice(thread)
         s_v, s_dout = smem.operands.v, smem.operands.dout
-        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(s_v))[None, None, None, 0]
+        f_v = mma.scores.make_fragment_A(scores_thread.partition_A(s_v))
         f_dout = mma.scores.make_fragment_B(scores_thread.partition_B(s_dout))
         f_q_t = mma.dk.make_fragment_B(mma.dk.get_slice(thread).partition_B(smem.q_t))
         parts = len(self.dq_parts)
         f_dq = [self.dq_operands(thread, mma, smem, part) for part in range(parts)]
         dp = make_accumulator(mma.scores, (self.tile_n, self.tile_m))
-        dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
-        dk.fill(0.0)
         ds_copy = store_matrix(self.dtype, mma.scores)
         s_ds = ds_copy.get_slice(thread).partition_D(smem.ds[None, None, 0])
         s_dpsum = column_statistic(smem.rows.dpsum, scores_thread, self.tile_n)
         s_p = smem.p[None, None, None, thread]
-        blocks = tile.blocks
-
-        if blocks.end > blocks.begin:
-            v_consumer.wait()
-            dout_slot = dout_consumer.wait_and_advance()
-            issue_gemm(mma.scores, dp, f_v, f_dout[None, None, None, dout_slot.index], zero=True)
-            k_consumer.wait()
-            m = blocks.begin
-            g_dq, wrap = self.dq_addresses(stores.dq, tile, thread)
-            for count, last in self.visits(tile):
-                for _ in cutlass.range(count, unroll=1):
-                    dpsum = self.statistic(s_dpsum[None, None, dout_slot.index])
-                    warpgroup.wait_group(0)
-                    self.centre(self.as_quads(dp), dpsum)
-                    dout_slot.release()
-                    cute.arch.barrier(barrier_id=P_FULL, number_of_threads=BOTH)
-                    self.times_p(self.as_quads(dp), s_p)
-                    ds = to_16_bit(dp, self.dtype)
-                    cute.copy(ds_copy, ds_copy.retile(ds), s_ds)
-                    cute.arch.fence_view_async_shared()
-                    cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
-                    dq = self.issue_dq(mma, f_dq, 1)
-                    q_slot = q_consumer.wait_and_advance()
-                    f_b = f_q_t[None, None, None, q_slot.index]
-                    issue_gemm(mma.dk, dk, as_a_operand(ds), f_b, zero=False)
-                    warpgroup.wait_group(1)
-                    for part in cutlass.range_constexpr(2, parts):
-                        if const_expr(part == 2):
-                            self.add_dq(dq, g_dq, part - 1)
-                            dq = self.issue_dq(mma, f_dq, part)
-                            warpgroup.wait_group(1)  # dk
+        key_stage = Int32(0)
+        ticket, last_ticket_ = first_ticket(problem.order), last_ticket(problem.order)
+        while ticket < last_ticket_:
+            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+            blocks = tile.blocks
+            dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
+            dk.fill(0.0)
+            if blocks.end == blocks.begin:
+                self.store_gradient(dk, results.dk, thread, tile)
+            else:
+                v_tile = resident(f_v, key_stage)
+                dq_tile = [(ds_t, resident(k_t, key_stage)) for ds_t, k_t in f_dq]
+                dout_slot = dout_consumer.wait_and_advance()
+                first_dout = stage(f_dout, dout_slot)
+                issue_gemm(mma.scores, dp, v_tile, first_dout, zero=True)
+                q_consumer.wait()  # k comes with it
+                m = blocks.begin
+                g_dq, wrap = self.dq_addresses(results.dq, tile, thread)
+                for count, last in self.visits(tile):
+                    for _ in cutlass.range(count, unroll=1):
+                        dpsum = self.statistic(s_dpsum[None, None, dout_slot.index])
+                        warpgroup.wait_group(0)
+                        self.centre(self.as_quads(dp), dpsum)
+                        dout_slot.release()
+                        cute.arch.barrier(barrier_id=P_FULL, number_of_threads=BOTH)
+                        self.times_p(self.as_quads(dp), s_p)
+                        ds = to_16_bit(dp, self.dtype)
+                        cute.copy(ds_copy, ds_copy.retile(ds), s_ds)
+                        cute.arch.fence_view_async_shared()
+                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+                        dq = self.issue_dq(mma, dq_tile[1], 1)
+                        q_slot = q_consumer.wait_and_advance()
+                        f_b = stage(f_q_t, q_slot)
+                        issue_gemm(mma.dk, dk, as_a_operand(ds), f_b, zero=False)
+                        warpgroup.wait_group(1)
+                        for part in cutlass.range_constexpr(2, parts):
+                            if const_expr(part == 2):
+                                self.add_dq(dq, g_dq, part - 1)
+                                dq = self.issue_dq(mma, dq_tile[part], part)
+                                warpgroup.wait_group(1)  # dk
+                                if const_expr(last):
+                                    cute.arch.sync_warp()
+                                else:
+                                    q_slot.release()
+                            else:
+                                following = self.issue_dq(mma, dq_tile[part], part)
+                                warpgroup.wait_group(1)
+                                self.add_dq(dq, g_dq, part - 1)
+                                dq = following
+                        if const_expr(not last):
+                            dout_slot = dout_consumer.wait_and_advance()
+                            f_b = stage(f_dout, dout_slot)
+                            issue_gemm(mma.scores, dp, v_tile, f_b, zero=True)
+                        ahead = const_expr(int(not last))
+                        if const_expr(parts > 2):
+                            warpgroup.wait_group(ahead)
+                        if const_expr(parts > 2 and last):
+                            q_slot.release()  # and k
+                        self.add_dq(dq, g_dq, parts - 1)
+                        if const_expr(parts == 2):
+                            warpgroup.wait_group(ahead)  # dk
                             q_slot.release()
-                        else:
-                            following = self.issue_dq(mma, f_dq, part)
-                            warpgroup.wait_group(1)
-                            self.add_dq(dq, g_dq, part - 1)
-                            dq = following
-                    if const_expr(not last):
-                        dout_slot = dout_consumer.wait_and_advance()
-                        f_b = f_dout[None, None, None, dout_slot.index]
-                        issue_gemm(mma.scores, dp, f_v, f_b, zero=True)
-                    ahead = const_expr(int(not last))
-                    if const_expr(parts > 2):
-                        warpgroup.wait_group(ahead)
-                    self.add_dq(dq, g_dq, parts - 1)
-                    if const_expr(parts == 2):
-                        warpgroup.wait_group(ahead)  # dk
-                        q_slot.release()
-                    m, g_dq = self.next_visit(tile, m, g_dq, wrap)
-
-        dk.store(dk.load() * tile.scalars.softmax_scale)
-        g_dk = stores.g_dk[None, None, tile.kv_head, tile.batch]
-        g_dk = cute.local_tile(g_dk, (self.tile_n, self.head_dim), (tile.n_block, 0))
-        self.epilogue(thread, 1, dk, mma.dk, smem.operands.k, (stores.dk, g_dk))
+                        m, g_dq = self.next_visit(tile, m, g_dq, wrap)
+                dk.store(dk.load() * tile.scalars.softmax_scale)
+                self.store_gradient(dk, results.dk, thread, tile)
+                key_stage = next_stage(key_stage, s_v)
+            ticket = next_ticket(problem.order, ticket)
 
     def visits(self, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
         """(query tiles, whether it is the last one): a loop each, as the last one issues nothing
@@ -523,21 +543,25 @@ class BackwardWideSm90:
         g_dq = g_dq + 4 * self.tile_m * self.width
         return (tile.blocks.begin if last else m + 1, g_dq + wrap if last else g_dq)
 
-    def dq_operands(self, thread: Int32, mma: Mma, smem: Smem, part: int):
-        """dS^T and the columns of k of this part of dq."""
+    def dq_operands(
+        self, thread: Int32, mma: Mma, smem: Smem, part: int
+    ) -> tuple[cute.Tensor, cute.Tensor]:
+        """dS^T and the columns of k (all stages) of this part of dq."""
         first, width = self.dq_parts[part]
         mine = mma.dq[part].get_slice(thread)
-        k_t = cute.domain_offset((first, 0), smem.k_t[None, None, 0])
-        k_t = cute.local_tile(k_t, (width, self.tile_n), (0, 0))
+        k_t = cute.domain_offset((first, 0, 0), smem.k_t)
+        k_t = cute.local_tile(k_t, (width, self.tile_n), (0, 0, None))
         return (
             mma.dq[part].make_fragment_A(mine.partition_A(smem.ds_t[None, None, 0])),
             mma.dq[part].make_fragment_B(mine.partition_B(k_t)),
         )
 
-    def issue_dq(self, mma: Mma, operands: list, part: int) -> cute.Tensor:
+    def issue_dq(
+        self, mma: Mma, operands: tuple[cute.Tensor, cute.Tensor], part: int
+    ) -> cute.Tensor:
         """The accumulator of this part of dq, in flight."""
         dq = make_accumulator(mma.dq[part], (self.tile_m, self.dq_parts[part][1]))
-        issue_gemm(mma.dq[part], dq, *operands[part], zero=True)
+        issue_gemm(mma.dq[part], dq, *operands, zero=True)
         return dq
 
     def dq_addresses(
@@ -593,21 +617,10 @@ class BackwardWideSm90:
                     dp[i, pair, block] = p[i] * dp[i, pair, block]
 
     @cute.jit
-    def epilogue(
-        self,
-        thread: Int32,
-        side: cutlass.Constexpr,
-        gradient: cute.Tensor,
-        tiled_mma: cute.TiledMma,
-        smem: cute.Tensor,
-        store: tuple[cute.CopyAtom, cute.Tensor],
+    def store_gradient(
+        self, gradient: cute.Tensor, array: cute.Tensor, thread: Int32, tile: KeyTile
     ):
-        """dk or dv -> 16 bit -> the shared memory of k or v -> TMA store, which clips keys past
-        seqlen_k."""
-        # The other side has read k for dq, or v.
-        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
-        accumulator_to_smem(gradient, tiled_mma, thread, smem[None, None, 0])
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=STORE + side, number_of_threads=WARPGROUP)
-        if cute.arch.make_warp_uniform(thread // 32) == 0:
-            tma_store(store[0], smem[None, None, 0], store[1])
+        """A key tile's dk or dv."""
+        first = tile.n_block * self.tile_n
+        g = cute.domain_offset((first, 0), array[None, None, tile.kv_head, tile.batch])
+        accumulator_to_gmem(gradient, g, thread, tile.seqlen_k - first)

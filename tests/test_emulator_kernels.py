@@ -149,6 +149,8 @@ PERSISTENT_CASES = {
     "many_tiles_3_sms": Case(
         3, 300, 140, (3, 1), BOTTOM_RIGHT, num_sms=3, head_sinks=(-np.inf, 1.5, 30.0)
     ),
+    # Before, between and after tiles that visit something, such as don't.
+    "keys_without_queries": Case(2, 100, 400, (2, 2), {"window_size": (40, 10)}, num_sms=3),
 }
 # Few, because there are 48 rows with intervals, so each combines much, and one runs in every
 # schedule: 11 minutes of a core for 22.
@@ -191,7 +193,7 @@ def rows(kernel: Kernel, has_intervals: bool = False) -> pytest.MarkDecorator:
 
 interval_cases = pytest.mark.parametrize("case", INTERVAL_CASES.values(), ids=INTERVAL_CASES.keys())
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-forward_cases = pytest.mark.parametrize(
+persistent_cases = pytest.mark.parametrize(
     "case", [*CASES.values(), *PERSISTENT_CASES.values()], ids=[*CASES, *PERSISTENT_CASES]
 )
 
@@ -243,7 +245,7 @@ def assert_same_in_every_schedule(
                 assert result.tobytes() == other.tobytes(), f"result {index} differs in {schedule}"
 
 
-@forward_cases
+@persistent_cases
 @rows(Kernel.forward)
 def test_forward(emulated, variant: Variant, case: Case) -> None:
     check_forward(emulated, variant, case)
@@ -328,7 +330,7 @@ def test_backward_preprocess(emulated, variant: Variant, case: Case) -> None:
     assert_same_in_every_schedule(row, case, results, (out, dout, lse, dlse), {})
 
 
-@cases
+@persistent_cases
 @rows(Kernel.backward)
 def test_backward(emulated, variant: Variant, case: Case) -> None:
     check_backward(emulated, variant, case)
@@ -347,7 +349,7 @@ def check_backward(emulated, variant: Variant, case: Case) -> None:
     out, lse = residuals(variant, case, q, k, v)
     arguments = (q, k, v, dout, *workspaces(variant, case, out, lse, dout, dlse))
     arguments += interval_operands(variant, case)
-    row = emulated(variant.name)
+    row = functools.partial(emulated(variant.name), num_sms=case.num_sms)
     results = row(arguments, values, check=True)
     dk, dv, dq_accum = results
     dq = dq_accum[:, :, : case.seqlen_q, accumulator_places(variant)].transpose(0, 2, 1, 3)

@@ -121,58 +121,12 @@ def store_pairs(acc: cute.Tensor, to: SlabPairs):
 
 
 @cute.jit
-def transpose_in_quad(packed: cute.Tensor, lane: Int32):
-    """Four registers of four neighbouring lanes: lane l's register k <- lane k's register l."""
-    for distance in cutlass.range_constexpr(2, 0, -1):
-        upper = (lane & distance) != 0
-        for i in cutlass.range_constexpr(4):
-            if cutlass.const_expr(i & distance == 0):
-                low, high = packed[i], packed[i + distance]
-                received = cute.arch.shuffle_sync_bfly(low if upper else high, offset=distance)
-                packed[i] = received if upper else low
-                packed[i + distance] = high if upper else received
-
-
-@cute.jit
-def accumulator_to_gmem(acc: cute.Tensor, thread: Int32, gmem: cute.Tensor, row: Int32):
-    """Round this thread's part of one warpgroup's accumulator, (2 rows, columns), and store it to
-    `gmem` (rows, columns), from row `row` on. Rows past the array's end are left out.
-
-    A row lies in four lanes, two columns in eight of each. They exchange, so that each has eight
-    neighbouring columns: 16-byte stores, 64 bytes of a row together, and no shared memory.
-    """
-    lane = thread % 32
-    for r in cutlass.range_constexpr(2):
-        for first in cutlass.range_constexpr(0, cute.size(acc, mode=[1]), 8):
-            packed = cute.make_rmem_tensor(4, Int32)
-            for i in cutlass.range_constexpr(4):
-                c = first + 2 * i
-                packed[i] = round_pair(acc[r, c], acc[r, c + 1], gmem.element_type)
-            transpose_in_quad(packed, lane)
-            if row + 8 * r < gmem.shape[0]:
-                place = (row + 8 * r, 4 * first + 8 * (lane % LANES_PER_ROW))
-                target = cute.domain_offset(place, gmem).iterator
-                target = cute.make_tensor(target.align(16), cute.make_layout(8))
-                cute.autovec_copy(cute.recast_tensor(packed, gmem.element_type), target)
-
-
-@cute.jit
-def tma_store(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
-    """Store a tile and wait until it has been read. Called by one warp, after a proxy fence and a
-    barrier. Rows past the array's end are clipped."""
+def tma_store_begin(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
+    """Begin to store a tile; `tma_store_wait` comes before it is written again, and before the CTA
+    ends. Called by one warp, after a proxy fence and a barrier. Rows past the array's end are
+    clipped."""
     smem, gmem = tma_tiles(atom, smem, gmem)
     # Unlike a TMA load, the copy doesn't elect its lane: all 32 would store (seen in the PTX).
-    with cute.arch.elect_one():
-        cute.copy(atom, smem, gmem)
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-
-@cute.jit
-def tma_store_begin(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
-    """`tma_store` without the wait: `tma_store_wait` comes before the tile is written again, and
-    before the CTA ends."""
-    smem, gmem = tma_tiles(atom, smem, gmem)
     with cute.arch.elect_one():
         cute.copy(atom, smem, gmem)
         cute.arch.cp_async_bulk_commit_group()
@@ -185,6 +139,44 @@ def tma_store_wait():
     with cute.arch.elect_one():
         cute.arch.cp_async_bulk_wait_group(0, read=True)
     cute.arch.sync_warp()
+
+
+@cute.jit
+def accumulator_to_gmem(acc: cute.Tensor, gmem: cute.Tensor, thread: Int32, rows: Int32):
+    """Round one warpgroup's accumulator (64 rows or more, N) and write its first `rows` rows to
+    `gmem` (rows, N), from registers: no memory that something else waits for, no barrier.
+
+    Of two groups of 8 columns, neighbouring lanes exchange a pair of columns each: then a lane has
+    8 bytes and the four of a row write 32, a sector.
+    """
+    warp, lane = thread // 32, thread % 32
+    pair = lane % LANES_PER_ROW
+    odd = pair % 2 == 1
+    row = 16 * warp + lane // LANES_PER_ROW
+    address = cute.domain_offset((row, 2 * pair), gmem).iterator.toint()
+    address += Int64(12) if odd else Int64(0)  # its pair of the second group, less its neighbour's
+    rows -= row
+    values = cute.make_tensor(acc.iterator, cute.make_layout((2, 2, cute.size(acc) // 4)))
+    groups = cute.size(acc, mode=[0]) // 4
+    for block in cutlass.range_constexpr(cute.size(values, mode=[2]) // groups):
+        for r in cutlass.range_constexpr(2):
+            below = 64 * block + 8 * r
+            to = address + below * 2 * gmem.stride[0]
+            for v in cutlass.range_constexpr(0, groups, 2):
+                first, second = (
+                    round_pair(
+                        *(values[c, r, block * groups + v + h] for c in (0, 1)), gmem.element_type
+                    )
+                    for h in (0, 1)
+                )
+                given = first if odd else second
+                taken = cute.arch.shuffle_sync_bfly(given, offset=1)
+                cute.arch.inline_ptx(
+                    "{ .reg .pred inside; setp.gt.s32 inside, {$r1}, " + f"{below}; "
+                    f"@inside st.global.v2.b32 [{{$r0}} + {16 * v}], "
+                    "{ {$r2}, {$r3} }; }",
+                    read_only_args=[to, rows, taken if odd else first, second if odd else taken],
+                )
 
 
 def reduction_address(gmem: cute.Tensor, thread: Int32) -> Int64:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backward CTA does for its key tile whatever its warpgroups divide: decode the tile, load
-what it visits, and the elementwise steps on transposed scores (keys by queries).
+"""What a backward CTA does for its key tiles whatever its warpgroups divide: their order, load what
+they visit, and the elementwise steps on transposed scores (keys by queries).
 
     p  = exp2(scale_log2 k q^T - lse_log2)
     dS = p (v dout^T - dpsum)
@@ -22,6 +22,15 @@ from kernels.common.copy_sm90 import MatrixRows, store_matrices, tma_tiles
 from kernels.common.fast_math import fma, round_pair, select_inside, tanh
 from kernels.common.mask import Band, Coordinates, mask_scores
 from kernels.common.mma_sm90 import rows_and_columns
+from kernels.common.pipelines import expect_more, wait_until_drained
+from kernels.common.scheduler import (
+    TileOrder,
+    first_ticket,
+    last_ticket,
+    next_ticket,
+    place_of,
+    tile_order,
+)
 from kernels.common.softmax import LOG2_E
 
 
@@ -44,8 +53,22 @@ class Scalars(NamedTuple):
         return (self.softcap[0] if self.softcap else self.softmax_scale) * LOG2_E
 
 
+class Problem(NamedTuple):
+    """What all key tiles share: their order, the run-time sizes and scalars, and which queries see
+    a key: empty if the band says it."""
+
+    order: TileOrder
+    ascending: Int32  # 1: the scheduler's later blocks, longer ones, are the later keys
+    kv_heads: cute.FastDivmodDivisorV2
+    group: Int32  # query heads per key/value head
+    seqlen_q: Int32
+    seqlen_k: Int32
+    scalars: Scalars
+    query_range: tuple[cute.Tensor, ...]
+
+
 class KeyTile(NamedTuple):
-    """The key tile of this CTA, the query tiles it visits per head, and the run-time scalars."""
+    """A key tile, the query tiles it visits per head, and the run-time scalars."""
 
     n_block: Int32
     kv_head: Int32
@@ -77,31 +100,51 @@ class Operands(NamedTuple):
 
 
 @cute.jit
-def key_tile(
-    g_q: cute.Tensor,
-    g_k: cute.Tensor,
-    tile: tuple[int, int],
+def key_tiles(
+    q: cute.Tensor,
+    k: cute.Tensor,
+    tile_n: cutlass.Constexpr,
     scalars: Scalars,
     query_range: tuple[cute.Tensor, ...],
-) -> KeyTile:
-    """Decode this CTA's tile of `tile` (queries, keys). Key tiles of a head are neighbours, so that
-    its q and dout stay in the L2; under a causal band the first, longest ones start first.
+    num_sms: Int32,
+) -> Problem:
+    """The key tiles of q and k (rows, dim, heads, batch). On the host."""
+    seqlen_q, _, heads, batch = q.shape
+    seqlen_k, _, kv_heads, _ = k.shape
+    # With a causal band the first keys are seen by most queries; with one that is bounded only
+    # below, the last.
+    band = scalars.band
+    below, above = band.lower > -seqlen_q + 1, band.upper < seqlen_k - 1
+    even = Int32(0) if below ^ above else Int32(1)
+    ascending = Int32(1) if below & (even == 0) else Int32(0)
+    return Problem(
+        order=tile_order(cute.ceil_div(seqlen_k, tile_n), kv_heads * batch, even, num_sms),
+        ascending=ascending,
+        kv_heads=cute.fast_divmod_create_divisor_v2(kv_heads),
+        group=heads // kv_heads,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        scalars=scalars,
+        query_range=query_range,
+    )
 
-    `query_range` is empty if the band says which queries see a key."""
+
+@cute.jit
+def key_tile(problem: Problem, tile: tuple[int, int], ticket: Int32) -> KeyTile:
+    """The key tile of a ticket, of `tile` (queries, keys). Where all are alike, those of a head are
+    computed in ascending order, so that its q and dout stay in the L2."""
     tile_m, tile_n = tile
-    block, _, _ = cute.arch.block_idx()
-    seqlen_q, _, heads, _ = g_q.shape
-    seqlen_k, _, kv_heads, _ = g_k.shape
-    n_blocks = cute.ceil_div(seqlen_k, tile_n)
-    n_block = block % n_blocks
-    batch = block // (n_blocks * kv_heads)
+    block, head_of_all = place_of(problem.order, ticket)
+    n_block = block if problem.ascending == 1 else problem.order.blocks.divisor - 1 - block
+    batch, kv_head = divmod(head_of_all, problem.kv_heads)
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     first = n_block * tile_n
-    if const_expr(len(query_range) > 0):
-        ranges = query_range[0][batch, None, None]
+    if const_expr(len(problem.query_range) > 0):
+        ranges = problem.query_range[0][batch, None, None]
         blocks = blocks_of_ranges(ranges, first, tile_n, seqlen_q, tile_m)
     else:
         last = cutlass.min(first + tile_n, seqlen_k) - 1
-        band = scalars.band
+        band = problem.scalars.band
         blocks = visible_blocks(first, last, -band.upper, -band.lower, seqlen_q, tile_m)
     # Past seqlen_k, k is 0 and p may be inf: without a mask, dq would get inf * 0.
     if first + tile_n > seqlen_k:
@@ -111,19 +154,36 @@ def key_tile(
     blocks = BlockRange(*(cute.arch.make_warp_uniform(x) for x in blocks))
     return KeyTile(
         n_block=n_block,
-        kv_head=block // n_blocks % kv_heads,
-        group=heads // kv_heads,
+        kv_head=kv_head,
+        group=problem.group,
         batch=batch,
         blocks=blocks,
-        scalars=scalars,
+        scalars=problem.scalars,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
     )
 
 
+def resident(fragment: cute.Tensor, stage: Int32) -> cute.Tensor:
+    """The descriptors of k or v of one key tile; see `mma_sm90.stage`."""
+    if cute.size(fragment, mode=[3]) == 1:
+        return fragment[None, None, None, 0]
+    return fragment[None, None, None, cute.arch.make_warp_uniform(stage)]
+
+
+def next_stage(stage: Int32, smem: cute.Tensor) -> Int32:
+    """The stage of k or v of the next key tile that visits something: they have one or two."""
+    return stage ^ (cute.size(smem, mode=[2]) - 1)
+
+
 def _stage_shape(smem: cute.Tensor) -> tuple[int, int]:
     """(rows, dim) of one stage."""
     return cute.size(smem, mode=[0]), cute.size(smem, mode=[1])
+
+
+def _stage_bytes(smem: cute.Tensor) -> int:
+    rows, dim = _stage_shape(smem)
+    return rows * dim * smem.element_type.width // 8
 
 
 @cute.jit
@@ -138,69 +198,118 @@ def _load_queries(atom: cute.CopyAtom, tiles: tuple, rows: tuple, m: Int32, slot
             cute.copy(bulk, gmem[None, m], smem[None, slot.index], mbar_ptr=slot.barrier)
 
 
-@cute.jit
-def load_operands(  # noqa: PLR0913 - four operands, where they are and what guards them
+def _tiles_of_head(
     atoms: Operands,
     gmem: Operands,
     smem: Operands,
-    producers: Operands,
     statistics: tuple[Statistics, Statistics],
-    tile: KeyTile,
+    head: Int32,
+    batch: Int32,
+) -> tuple[tuple, tuple]:
+    """What `_load_queries` takes of a head: for q, with lse_log2 and intervals; for dout, with
+    dpsum."""
+    g_rows, s_rows = statistics
+    rows = s_rows.lse_log2.shape[:1]
+    q, dout = (
+        tma_tiles(atom, s, cute.local_tile(g[None, None, head, batch], _stage_shape(s), (None, 0)))
+        for atom, s, g in (
+            (atoms.q, smem.q, gmem.q),
+            (atoms.dout, smem.dout, gmem.dout),
+        )
+    )
+    g_lse, g_dpsum, *g_interval = (
+        cute.local_tile(array, rows, (None,))
+        for array in (
+            g_rows.lse_log2[batch, head, None],
+            g_rows.dpsum[batch, head, None],
+            *(bound[batch, None] for bound in g_rows.interval),
+        )
+    )
+    interval = tuple(zip(g_interval, s_rows.interval, strict=True))
+    return (
+        (atoms.q, q[::-1], ((g_lse, s_rows.lse_log2), *interval)),
+        (atoms.dout, dout[::-1], ((g_dpsum, s_rows.dpsum),)),
+    )
+
+
+@cute.jit
+def _load_keys(atom: cute.CopyAtom, gmem: cute.Tensor, smem: cute.Tensor, place: tuple, to: tuple):
+    """A tile of k or v, place (n_block, head, batch), to (stage, slot of a ring)."""
+    n_block, head, batch = place
+    stage, slot = to
+    g = cute.local_tile(gmem[None, None, head, batch], _stage_shape(smem), (n_block, 0))
+    s, g = tma_tiles(atom, smem, g)
+    cute.copy(atom, g, s[None, stage], tma_bar_ptr=slot.barrier)
+
+
+@cute.jit
+def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and what guards them
+    atoms: Operands,
+    gmem: Operands,
+    smem: Operands,
+    producers: tuple,
+    statistics: tuple[Statistics, Statistics],
+    problem: Problem,
     scores_ahead: cutlass.Constexpr,
 ):
-    """k and v once; q with lse_log2 and intervals, and dout with dpsum, for every visited query
-    tile of every head; with `scores_ahead` one q more.
+    """Of every key tile, for every visited query tile of every head: q with lse_log2 and intervals,
+    and dout with dpsum. k comes with the first q, on its barrier, and v with the first dout.
 
+    So neither has barriers of its own. A tile's k is free when its last q has been released, v when
+    its last dout has been: with two stages that holds for the one of the tile before when a slot of
+    the next has been acquired, else it is waited for.
+
+    With `scores_ahead` one more q and k at the end: scores are always issued one visit ahead.
     `statistics` are those in global memory and their (tile_m, stages) in shared memory. Called by
     one warp.
 
     Intervals come this way because a mask that loaded its 32 pairs itself (d=64) would wait for the
     L2 again and again: it has registers for few of them at a time.
     """
-    q_producer, k_producer, v_producer, dout_producer = producers
-    blocks = tile.blocks
-    if blocks.end > blocks.begin:
-        g_k = gmem.k[None, None, tile.kv_head, tile.batch]
-        g_v = gmem.v[None, None, tile.kv_head, tile.batch]
-        g_k = cute.local_tile(g_k, _stage_shape(smem.k), (tile.n_block, 0))
-        g_v = cute.local_tile(g_v, _stage_shape(smem.v), (tile.n_block, 0))
-        s_k, g_k = tma_tiles(atoms.k, smem.k, g_k)
-        s_v, g_v = tma_tiles(atoms.v, smem.v, g_v)
-        slot = k_producer.acquire_and_advance()
-        cute.copy(atoms.k, g_k, s_k[None, 0], tma_bar_ptr=slot.barrier)
-        g_rows, s_rows = statistics
-        rows = s_rows.lse_log2.shape[:1]
+    q_producer, dout_producer = producers
+    tile_mn = (cute.size(smem.q, mode=[0]), cute.size(smem.k, mode=[0]))
+    stages = cute.size(smem.q, mode=[2])
+    of_k, of_v = (atoms.k, gmem.k, smem.k), (atoms.v, gmem.v, smem.v)
+    k_stage, v_stage = Int32(0), Int32(0)
+    ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+    while ticket < last:
+        tile = key_tile(problem, tile_mn, ticket)
+        place = (tile.n_block, tile.kv_head, tile.batch)
+        blocks = tile.blocks
         for h in cutlass.range(tile.group, unroll=1):
             head = tile.kv_head * tile.group + h
-            g_q = gmem.q[None, None, head, tile.batch]
-            g_dout = gmem.dout[None, None, head, tile.batch]
-            g_q = cute.local_tile(g_q, _stage_shape(smem.q), (None, 0))
-            g_dout = cute.local_tile(g_dout, _stage_shape(smem.dout), (None, 0))
-            s_q, g_q = tma_tiles(atoms.q, smem.q, g_q)
-            s_dout, g_dout = tma_tiles(atoms.dout, smem.dout, g_dout)
-            g_lse, g_dpsum, *g_interval = (
-                cute.local_tile(array, rows, (None,))
-                for array in (
-                    g_rows.lse_log2[tile.batch, head, None],
-                    g_rows.dpsum[tile.batch, head, None],
-                    *(bound[tile.batch, None] for bound in g_rows.interval),
-                )
-            )
-            interval = tuple(zip(g_interval, s_rows.interval, strict=True))
-            of_q = (atoms.q, (g_q, s_q), ((g_lse, s_rows.lse_log2), *interval))
-            of_dout = (atoms.dout, (g_dout, s_dout), ((g_dpsum, s_rows.dpsum),))
+            of_q, of_dout = _tiles_of_head(atoms, gmem, smem, statistics, head, tile.batch)
             for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
-                _load_queries(*of_q, m, q_producer.acquire_and_advance())
-                if (h == 0) & (m == blocks.begin):  # behind q: the first scores don't need it
-                    slot = v_producer.acquire_and_advance()
-                    cute.copy(atoms.v, g_v, s_v[None, 0], tma_bar_ptr=slot.barrier)
-                _load_queries(*of_dout, m, dout_producer.acquire_and_advance())
-            if const_expr(scores_ahead):
-                # The scores after the last ones are nobody's; they must read something.
-                if h == tile.group - 1:
-                    _load_queries(*of_q, blocks.begin, q_producer.acquire_and_advance())
-        q_producer.tail()
-        dout_producer.tail()
+                first = (h == 0) & (m == blocks.begin)
+                q_slot = q_producer.acquire_and_advance()
+                if first:
+                    expect_more(q_slot, _stage_bytes(smem.k))
+                _load_queries(*of_q, m, q_slot)
+                if const_expr(cute.size(smem.k, mode=[2]) > 1):
+                    if first:
+                        _load_keys(*of_k, place, (k_stage, q_slot))
+                dout_slot = dout_producer.acquire_and_advance()
+                if first:
+                    expect_more(dout_slot, _stage_bytes(smem.v))
+                _load_queries(*of_dout, m, dout_slot)
+                if first:
+                    if const_expr(cute.size(smem.v, mode=[2]) == 1):
+                        wait_until_drained(dout_producer, stages)
+                    _load_keys(*of_v, place, (v_stage, dout_slot))
+                    if const_expr(cute.size(smem.k, mode=[2]) == 1):
+                        wait_until_drained(q_producer, stages)
+                        _load_keys(*of_k, place, (k_stage, q_slot))
+        if blocks.end > blocks.begin:
+            k_stage, v_stage = next_stage(k_stage, smem.k), next_stage(v_stage, smem.v)
+        ticket = next_ticket(problem.order, ticket)
+    if const_expr(scores_ahead):
+        of_q, _ = _tiles_of_head(atoms, gmem, smem, statistics, Int32(0), Int32(0))
+        q_slot = q_producer.acquire_and_advance()
+        expect_more(q_slot, _stage_bytes(smem.k))
+        _load_queries(*of_q, Int32(0), q_slot)
+        _load_keys(*of_k, (0, 0, 0), (k_stage, q_slot))
+    q_producer.tail()
+    dout_producer.tail()
 
 
 def column_statistic(rows: cute.Tensor, scores_thread, tile_n: int) -> cute.Tensor:

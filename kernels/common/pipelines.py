@@ -5,9 +5,11 @@ rings."""
 from typing import NamedTuple
 
 import cutlass
-from cutlass import cute, pipeline
+from cutlass import const_expr, cute, pipeline
 
 WARPGROUP = 128
+# What a CTA may have.
+SHARED_MEMORY = 227 * 1024
 
 
 class RegisterSplit(NamedTuple):
@@ -48,3 +50,23 @@ def load_tile_pipeline(
         barrier_storage=barriers.data_ptr(),
         defer_sync=True,
     ).make_participants()
+
+
+@cute.jit
+def expect_more(slot, size: cutlass.Constexpr):
+    """`size` bytes more come on the barrier of an acquired slot. Before anything of the slot is
+    copied, so that the phase can't end first."""
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_expect_tx(slot.barrier, size)
+
+
+@cute.jit
+def wait_until_drained(producer, stages: cutlass.Constexpr):
+    """Wait until all that a ring held before its newest slot has been released: consumers release
+    in order, so it's the slot before."""
+    before = producer.clone()
+    if const_expr(stages > 2):
+        before.advance(stages - 2)
+    free = before.try_acquire()
+    while not free:
+        free = before.try_acquire()
