@@ -282,6 +282,10 @@ class Tiles:
     """Forward: with two, the next tile's q is there when this one is done."""
     epilogue: Epilogue = Epilogue.own
     """Forward."""
+    k_stages: int = 0
+    """Backward: with two, the next key tile's k is loaded before this one is done."""
+    v_stages: int = 0
+    """Backward: with two, the next key tile's v is loaded before this one's last dp."""
     scores_ahead: bool = False
     """Backward: issue the next query tile's scores before this tile's dq and dk."""
     split: Split = Split.rows
@@ -363,9 +367,30 @@ def grid(
         )
 
 
-def _by_products(tile_n: int) -> Tiles:
+def _by_products(tile_n: int, key_stages: int) -> Tiles:
     """A backward whose warpgroups divide the products."""
-    return Tiles(tile_m=64, tile_n=tile_n, stages=2, mma_warpgroups=2, split=Split.products)
+    return Tiles(
+        tile_m=64,
+        tile_n=tile_n,
+        stages=2,
+        mma_warpgroups=2,
+        k_stages=key_stages,
+        v_stages=key_stages,
+        split=Split.products,
+    )
+
+
+def _by_keys(tile_m: int, scores_ahead: bool) -> Tiles:
+    """A backward whose warpgroups divide the keys."""
+    return Tiles(
+        tile_m=tile_m,
+        tile_n=128,
+        stages=2,
+        mma_warpgroups=2,
+        k_stages=2,
+        v_stages=1,
+        scores_ahead=scores_ahead,
+    )
 
 
 def _rows(tile_m: int, tile_n: int, q_stages: int, epilogue: Epilogue) -> Tiles:
@@ -391,12 +416,12 @@ _FORWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
 }
 
 _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
-    64: Tiles(tile_m=128, tile_n=128, stages=2, mma_warpgroups=2, scores_ahead=True),
-    128: Tiles(tile_m=64, tile_n=128, stages=2, mma_warpgroups=2),
-    96: _by_products(128),
-    (192, 128): _by_products(64),
-    192: _by_products(64),
-    256: _by_products(64),
+    64: _by_keys(128, scores_ahead=True),
+    128: _by_keys(64, scores_ahead=False),
+    96: _by_products(128, key_stages=2),
+    (192, 128): _by_products(64, key_stages=2),
+    192: _by_products(64, key_stages=2),
+    256: _by_products(64, key_stages=1),
 }
 
 VARIANTS: tuple[Variant, ...] = (

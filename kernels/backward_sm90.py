@@ -30,8 +30,8 @@ are computed already.
 
     load --[q, lse_log2]--> compute   `stages` deep; with the queries' intervals, if they have any
     load --[dout, dpsum]--> compute   `stages` deep
-    load --[k]--> compute             two stages, with a key tile's first q
-    load --[v]--> compute             one stage, with a key tile's first dout
+    load --[k]--> compute             with a key tile's first q, `k_stages` deep
+    load --[v]--> compute             with a key tile's first dout, `v_stages` deep
     compute --[dS]--> compute         q's stages: a warpgroup may write the next dS while the other
                                       still multiplies by this one
     compute --[dq]--> store_dq        one slab per warpgroup, named barriers
@@ -62,7 +62,6 @@ from kernels.common.copy_sm90 import (
 from kernels.common.dq_order import DONE, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
-    KeyTile,
     Operands,
     Problem,
     Scalars,
@@ -172,10 +171,10 @@ class BackwardSm90:
         self.registers = register_split(self.warpgroups)
         # dq is tile_m x head_dim: warpgroups split its rows if there are enough, else its columns.
         self.dq_atoms = (self.tile_m // DQ_SLAB, self.head_dim // DQ_SLAB, 1)
-        # k is read until a tile's end, v until its last dp: then the next one is loaded.
-        self.k_stages, self.v_stages = 2, 1
+        self.k_stages, self.v_stages = variant.tiles.k_stages, variant.tiles.v_stages
         assert self.tile_n == 64 * self.warpgroups, "a warpgroup owns 64 keys"
         assert self.stages >= 2, "dS, too, is written before the last one has been read"
+        assert self.k_stages == 2 or not self.scores_ahead, "two key tiles' scores"
         assert self.dq_atoms[0] * self.dq_atoms[1] == self.warpgroups, (
             "a warpgroup computes one dq slab"
         )
@@ -413,20 +412,21 @@ class BackwardSm90:
             issue_gemm(mma.scores, scores, resident(f_k, k_stage), first_q, zero=True)
             warpgroup.wait_group(0)
 
+        tile_mn = (self.tile_m, self.tile_n)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+        tile = key_tile(problem, tile_mn, ticket)
         while ticket < last:
-            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
             blocks = tile.blocks
+            dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
+            dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
+            dk.fill(0.0)
+            dv.fill(0.0)
             if blocks.end > blocks.begin:
-                dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
-                dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
-                dk.fill(0.0)
-                dv.fill(0.0)
-                following = next_stage(k_stage, s_k)
+                next_k_stage = next_stage(k_stage, s_k)
                 k_tile, v_tile = resident(f_k, k_stage), resident(f_v, v_stage)
                 k_t_tile = resident(f_k_t, k_stage)
-                for h in cutlass.range(tile.group, unroll=1):
-                    last_m = blocks.end - 1 if h == tile.group - 1 else -1
+                for h in cutlass.range(problem.group, unroll=1):
+                    last_m = blocks.end - 1 if h == problem.group - 1 else -1
                     for first, end, masked in blocks.segments(blocks.end):
                         for m in cutlass.range(first, end, unroll=1):
                             dp = make_accumulator(mma.scores, tile_nm)
@@ -445,7 +445,7 @@ class BackwardSm90:
                             if const_expr(masked):
                                 interval = tuple(s[None, None, q_slot.index] for s in s_interval)
                             if const_expr(self.has_softcap):
-                                cap(scores, tile.scalars)
+                                cap(scores, problem.scalars)
                                 warpgroup.wait_group(0)
                                 p, ds = capped_gradients(
                                     (scores, dp),
@@ -457,9 +457,9 @@ class BackwardSm90:
                                 )
                             else:
                                 if const_expr(masked):
-                                    place = (m, tile, (self.tile_m, self.tile_n))
+                                    start = (m * self.tile_m, tile.n_block * self.tile_n)
                                     rows = rows_and_columns(scores)
-                                    mask_transposed(rows, coords, *place, interval)
+                                    mask_transposed(rows, coords, start, problem, interval)
                                 probabilities(rows_and_columns(scores), lse_log2, scale_log2)
                                 p = to_16_bit(scores, self.dtype)
                                 warpgroup.wait_group(0)
@@ -471,7 +471,7 @@ class BackwardSm90:
                             if const_expr(self.scores_ahead):
                                 q_consumer.advance()
                                 f_q_m = stage(f_q, q_consumer.wait())
-                                next_k = resident(f_k, following if m == last_m else k_stage)
+                                next_k = resident(f_k, next_k_stage if m == last_m else k_stage)
                                 issue_gemm(mma.scores, scores, next_k, f_q_m, zero=True)
                             if const_expr(not self.has_softcap):
                                 store_matrices(ds, s_ds, q_slot.index, 0, self.tile_m)
@@ -494,10 +494,17 @@ class BackwardSm90:
                             self.hand_over_dq(dq, s_dq, group)
                             warpgroup.wait_group(0)
                             q_slot.release()
-                k_stage, v_stage = following, next_stage(v_stage, s_v)
-                dk.store(dk.load() * tile.scalars.softmax_scale)
-                self.store_gradients((dk, dv), (thread % WARPGROUP, group), tile, stores)
+                k_stage, v_stage = next_k_stage, next_stage(v_stage, s_v)
             ticket = next_ticket(problem.order, ticket)
+            # Decoded here, the next tile's loops don't wait for it.
+            following = key_tile(problem, tile_mn, cutlass.min(ticket, last - 1))
+            if blocks.end > blocks.begin:
+                dk.store(dk.load() * problem.scalars.softmax_scale)
+                row = tile.n_block * self.tile_n + coords.row
+                for gradient, array in ((dk, stores.dk), (dv, stores.dv)):
+                    array = array[None, None, tile.kv_head, tile.batch]
+                    accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)
+            tile = following
         if const_expr(self.scores_ahead):
             q_consumer.release()
 
@@ -511,21 +518,6 @@ class BackwardSm90:
         cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=threads)
 
     @cute.jit
-    def store_gradients(
-        self,
-        gradients: tuple,
-        place: tuple[Int32, Int32],
-        tile: KeyTile,
-        stores: Stores,
-    ):
-        """A warpgroup's 64 keys of dk and dv, `place` (thread, warpgroup)."""
-        thread, group = place
-        first = tile.n_block * self.tile_n + 64 * group
-        for gradient, g in zip(gradients, (stores.dk, stores.dv), strict=True):
-            g = cute.domain_offset((first, 0), g[None, None, tile.kv_head, tile.batch])
-            accumulator_to_gmem(gradient, g, thread, tile.seqlen_k - first)
-
-    @cute.jit
     def store_dq(self, stores: Stores, smem: Smem, problem: Problem):
         """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
         handed back."""
@@ -534,9 +526,9 @@ class BackwardSm90:
         while ticket < last:
             tile = key_tile(problem, tile_mn, ticket)
             blocks = tile.blocks
-            heads = tile.group if blocks.end > blocks.begin else 0
+            heads = problem.group if blocks.end > blocks.begin else 0
             for h in cutlass.range(heads, unroll=1):
-                head = tile.kv_head * tile.group + h
+                head = tile.kv_head * problem.group + h
                 if const_expr(self.is_deterministic):
                     turn = turn_of(stores.progress[0], problem, tile_mn, tile, head)
                 g_dq = stores.g_dq[None, None, head, tile.batch]

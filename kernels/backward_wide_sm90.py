@@ -16,8 +16,8 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
 
     load --[q, lse_log2]--> both                 `stages` deep; with the intervals, if any
     load --[dout, dpsum]--> both                 `stages` deep
-    load --[k]--> both                           with a key tile's first q; two stages, or one
-    load --[v]--> gradients                      with a key tile's first dout, likewise
+    load --[k]--> both                           with a key tile's first q, `k_stages` deep
+    load --[v]--> gradients                      with a key tile's first dout, `v_stages` deep
     probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL; with a softcap,
                                                  p (1 - t^2): see `key_tile`
     gradients --[dS]--> both                     one stage, named barrier DS_FULL
@@ -80,6 +80,7 @@ from kernels.common.key_tile import (
 )
 from kernels.common.mask import Band, accumulator_coordinates
 from kernels.common.mma_sm90 import (
+    LANES_PER_ROW,
     as_a_operand,
     issue_gemm,
     make_accumulator,
@@ -87,12 +88,7 @@ from kernels.common.mma_sm90 import (
     stage,
     to_16_bit,
 )
-from kernels.common.pipelines import (
-    SHARED_MEMORY,
-    WARPGROUP,
-    load_tile_pipeline,
-    register_split,
-)
+from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
 from kernels.common.scheduler import (
     first_ticket,
     last_ticket,
@@ -177,13 +173,7 @@ class BackwardWideSm90:
         self.dq_parts = tuple((sum(widths[:i]), width) for i, width in enumerate(widths))
         assert sum(widths) == self.head_dim
         self.width = variant.static_dims["E"]
-        # Of k and v. At d=256, where one set fits, the next tile's v is loaded from a tile's last
-        # dp on, and its k from its last dq on.
-        per_row = (self.head_dim + self.head_dim_v) * self.dtype.width // 8
-        dq_operand, p = (self.tile_m * self.tile_n * x // 8 for x in (self.dtype.width, 32))
-        rest = self.stages * self.tile_m * per_row + dq_operand + p + 4096  # rows, barriers
-        fits = rest + 2 * self.tile_n * per_row <= SHARED_MEMORY
-        self.key_stages = 2 if fits else 1
+        self.k_stages, self.v_stages = variant.tiles.k_stages, variant.tiles.v_stages
         assert self.tile_m == TILE_M and self.tile_n % 64 == 0
         assert variant.tiles.mma_warpgroups == 2, "the products are divided into two"
 
@@ -273,9 +263,9 @@ class BackwardWideSm90:
             q_t=b(col_major, (n, d, m), self.dtype, self.stages),
             dout=b(row_major, (n, m, dv), self.dtype, self.stages),
             dout_t=b(col_major, (n, dv, m), self.dtype, self.stages),
-            k=a(row_major, (n, m, d), self.dtype, self.key_stages),
-            k_t=b(col_major, (m, d, n), self.dtype, self.key_stages),
-            v=a(row_major, (n, m, dv), self.dtype, self.key_stages),
+            k=a(row_major, (n, m, d), self.dtype, self.k_stages),
+            k_t=b(col_major, (m, d, n), self.dtype, self.k_stages),
+            v=a(row_major, (n, m, dv), self.dtype, self.v_stages),
             ds=a(row_major, (n, d, m), self.dtype, 1),
             ds_t=a(col_major, (m, d, n), self.dtype, 1),
         )
@@ -414,9 +404,10 @@ class BackwardWideSm90:
         s_p = smem.p[None, None, None, thread]
         scale_log2 = problem.scalars.scale_log2()
         k_stage = Int32(0)
-        ticket, last_ticket_ = first_ticket(problem.order), last_ticket(problem.order)
-        while ticket < last_ticket_:
-            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+        tile_mn = (self.tile_m, self.tile_n)
+        ticket, end = first_ticket(problem.order), last_ticket(problem.order)
+        tile = key_tile(problem, tile_mn, ticket)
+        while ticket < end:
             blocks = tile.blocks
             dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
             dv.fill(0.0)
@@ -426,17 +417,18 @@ class BackwardWideSm90:
                 first_q = stage(f_q, q_slot)
                 issue_gemm(mma.scores, scores, k_tile, first_q, zero=True)
                 m = blocks.begin
-                g_dq, wrap = self.dq_addresses(results.dq, tile, thread)
-                for count, last in self.visits(tile):
+                g_dq, wrap = self.dq_addresses(results.dq, problem, tile, thread)
+                for count, last in self.visits(problem, tile):
                     for _ in cutlass.range(count, unroll=1):
                         lse_log2 = self.statistic(s_lse[None, None, q_slot.index])
                         warpgroup.wait_group(0)
                         if const_expr(self.has_softcap):
-                            cap(scores, tile.scalars)
+                            cap(scores, problem.scalars)
                         if blocks.needs_mask(m):
                             interval = tuple(s[None, None, q_slot.index] for s in s_interval)
-                            place = (m, tile, (self.tile_m, self.tile_n))
-                            mask_transposed(rows_and_columns(scores), coords, *place, interval)
+                            start = (m * self.tile_m, tile.n_block * self.tile_n)
+                            rows = rows_and_columns(scores)
+                            mask_transposed(rows, coords, start, problem, interval)
                         if const_expr(self.has_softcap):
                             p = capped_probabilities(scores, lse_log2, scale_log2, self.dtype)
                         else:
@@ -467,6 +459,7 @@ class BackwardWideSm90:
                 self.store_gradient(dv, results.dv, thread, tile)
                 k_stage = next_stage(k_stage, s_k)
             ticket = next_ticket(problem.order, ticket)
+            tile = key_tile(problem, tile_mn, cutlass.min(ticket, end - 1))
 
     @cute.jit
     def gradient_side(  # noqa: C901 - a main loop, in the order in which it runs
@@ -493,23 +486,24 @@ class BackwardWideSm90:
         s_ds = ds_copy.get_slice(thread).partition_D(smem.ds[None, None, 0])
         s_dpsum = column_statistic(smem.rows.dpsum, scores_thread, self.tile_n)
         s_p = smem.p[None, None, None, thread]
-        key_stage = Int32(0)
-        ticket, last_ticket_ = first_ticket(problem.order), last_ticket(problem.order)
-        while ticket < last_ticket_:
-            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+        k_stage, v_stage = Int32(0), Int32(0)
+        tile_mn = (self.tile_m, self.tile_n)
+        ticket, end = first_ticket(problem.order), last_ticket(problem.order)
+        tile = key_tile(problem, tile_mn, ticket)
+        while ticket < end:
             blocks = tile.blocks
             dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
             dk.fill(0.0)
             if blocks.end > blocks.begin:
-                v_tile = resident(f_v, key_stage)
-                dq_tile = [(ds_t, resident(k_t, key_stage)) for ds_t, k_t in f_dq]
+                v_tile = resident(f_v, v_stage)
+                dq_tile = [(ds_t, resident(k_t, k_stage)) for ds_t, k_t in f_dq]
                 dout_slot = dout_consumer.wait_and_advance()
                 first_dout = stage(f_dout, dout_slot)
                 issue_gemm(mma.scores, dp, v_tile, first_dout, zero=True)
                 q_consumer.wait()  # k comes with it
                 m = blocks.begin
-                g_dq, wrap = self.dq_addresses(results.dq, tile, thread)
-                for count, last in self.visits(tile):
+                g_dq, wrap = self.dq_addresses(results.dq, problem, tile, thread)
+                for count, last in self.visits(problem, tile):
                     for _ in cutlass.range(count, unroll=1):
                         dpsum = self.statistic(s_dpsum[None, None, dout_slot.index])
                         warpgroup.wait_group(0)
@@ -554,15 +548,17 @@ class BackwardWideSm90:
                             warpgroup.wait_group(ahead)  # dk
                             q_slot.release()
                         m, g_dq = self.next_visit(tile, m, g_dq, wrap)
-                dk.store(dk.load() * tile.scalars.softmax_scale)
+                dk.store(dk.load() * problem.scalars.softmax_scale)
                 self.store_gradient(dk, results.dk, thread, tile)
-                key_stage = next_stage(key_stage, s_v)
+                k_stage = next_stage(k_stage, smem.operands.k)
+                v_stage = next_stage(v_stage, s_v)
             ticket = next_ticket(problem.order, ticket)
+            tile = key_tile(problem, tile_mn, cutlass.min(ticket, end - 1))
 
-    def visits(self, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
+    def visits(self, problem: Problem, tile: KeyTile) -> tuple[tuple[Int32, bool], ...]:
         """(query tiles, whether it is the last one): a loop each, as the last one issues nothing
         ahead, and a branch around that would make ptxas wait for what is in flight."""
-        total = tile.group * (tile.blocks.end - tile.blocks.begin)
+        total = problem.group * (tile.blocks.end - tile.blocks.begin)
         return ((total - 1, False), (Int32(1), True))
 
     @cute.jit
@@ -594,13 +590,13 @@ class BackwardWideSm90:
         return dq
 
     def dq_addresses(
-        self, dq_accum: cute.Tensor, tile: KeyTile, thread: Int32
+        self, dq_accum: cute.Tensor, problem: Problem, tile: KeyTile, thread: Int32
     ) -> tuple[Int64, Int64]:
         """This thread's place in the accumulator of the first visited query tile, and what leads
         from behind the last tile of a head to the first of the next. One address that moves: its
         parts would take registers that d=256 hasn't."""
         blocks = tile.blocks
-        g_dq = dq_accum[None, None, tile.kv_head * tile.group, tile.batch]
+        g_dq = dq_accum[None, None, tile.kv_head * problem.group, tile.batch]
         tile_bytes = 4 * self.tile_m * self.width
         address = reduction_address(g_dq, thread) + Int64(blocks.begin) * tile_bytes
         visited = Int64(blocks.end - blocks.begin) * tile_bytes
@@ -624,9 +620,10 @@ class BackwardWideSm90:
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
             tile = key_tile(problem, tile_mn, ticket)
-            heads = tile.group if tile.blocks.end > tile.blocks.begin else 0
+            heads = problem.group if tile.blocks.end > tile.blocks.begin else 0
             for h in cutlass.range(heads, unroll=1):
-                turn = turn_of(progress, problem, tile_mn, tile, tile.kv_head * tile.group + h)
+                head = tile.kv_head * problem.group + h
+                turn = turn_of(progress, problem, tile_mn, tile, head)
                 for m in cutlass.range(tile.blocks.begin, tile.blocks.end, unroll=1):
                     turn = wait_for_turn(turn, m)
                     cute.arch.barrier_arrive(barrier_id=DS_FULL, number_of_threads=self.ordered)
@@ -675,6 +672,6 @@ class BackwardWideSm90:
         self, gradient: cute.Tensor, array: cute.Tensor, thread: Int32, tile: KeyTile
     ):
         """A key tile's dk or dv."""
-        first = tile.n_block * self.tile_n
-        g = cute.domain_offset((first, 0), array[None, None, tile.kv_head, tile.batch])
-        accumulator_to_gmem(gradient, g, thread, tile.seqlen_k - first)
+        row = tile.n_block * self.tile_n + thread // 32 * 16 + thread % 32 // LANES_PER_ROW
+        array = array[None, None, tile.kv_head, tile.batch]
+        accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)

@@ -496,10 +496,8 @@ class ForwardSm90:
             g_lse = cute.domain_offset((first_row,), results.lse[tile.batch, tile.head, None])
             self.store_lse(softmax.row_max, coords, g_lse, extent)
             if const_expr(self.epilogue is Epilogue.registers):
-                rows_before = 64 * group
                 g_out = results.out[None, None, tile.head, tile.batch]
-                g_out = cute.domain_offset((first_row + rows_before, 0), g_out)
-                accumulator_to_gmem(acc, g_out, thread % WARPGROUP, extent - rows_before)
+                accumulator_to_gmem(acc_rows, thread, g_out, first_row + coords.row)
             else:
                 self.store_out(thread, mma, smem, tile, tma, acc)
             if const_expr(self.epilogue is Epilogue.over_q):

@@ -142,41 +142,33 @@ def tma_store_wait():
 
 
 @cute.jit
-def accumulator_to_gmem(acc: cute.Tensor, gmem: cute.Tensor, thread: Int32, rows: Int32):
-    """Round one warpgroup's accumulator (64 rows or more, N) and write its first `rows` rows to
-    `gmem` (rows, N), from registers: no memory that something else waits for, no barrier.
+def accumulator_to_gmem(acc: cute.Tensor, thread: Int32, gmem: cute.Tensor, row: Int32):
+    """Round this thread's part of one warpgroup's accumulator of 64 rows or more, (rows, columns),
+    and store it to `gmem` (rows, columns); its own first row is row `row`. Rows past the array's
+    end are left out. No shared memory, and no barrier.
 
-    Of two groups of 8 columns, neighbouring lanes exchange a pair of columns each: then a lane has
-    8 bytes and the four of a row write 32, a sector.
+    A row lies in four lanes, two columns in eight of each. Of two such groups, neighbouring lanes
+    exchange two columns each: a lane stores 8 bytes and the four of a row a whole sector of 32, for
+    one shuffle, where 16 bytes a lane would take two.
     """
-    warp, lane = thread // 32, thread % 32
-    pair = lane % LANES_PER_ROW
+    pair = thread % LANES_PER_ROW
     odd = pair % 2 == 1
-    row = 16 * warp + lane // LANES_PER_ROW
     address = cute.domain_offset((row, 2 * pair), gmem).iterator.toint()
     address += Int64(12) if odd else Int64(0)  # its pair of the second group, less its neighbour's
-    rows -= row
-    values = cute.make_tensor(acc.iterator, cute.make_layout((2, 2, cute.size(acc) // 4)))
-    groups = cute.size(acc, mode=[0]) // 4
-    for block in cutlass.range_constexpr(cute.size(values, mode=[2]) // groups):
-        for r in cutlass.range_constexpr(2):
-            below = 64 * block + 8 * r
-            to = address + below * 2 * gmem.stride[0]
-            for v in cutlass.range_constexpr(0, groups, 2):
-                first, second = (
-                    round_pair(
-                        *(values[c, r, block * groups + v + h] for c in (0, 1)), gmem.element_type
-                    )
-                    for h in (0, 1)
-                )
-                given = first if odd else second
-                taken = cute.arch.shuffle_sync_bfly(given, offset=1)
-                cute.arch.inline_ptx(
-                    "{ .reg .pred inside; setp.gt.s32 inside, {$r1}, " + f"{below}; "
-                    f"@inside st.global.v2.b32 [{{$r0}} + {16 * v}], "
-                    "{ {$r2}, {$r3} }; }",
-                    read_only_args=[to, rows, taken if odd else first, second if odd else taken],
-                )
+    rows = gmem.shape[0] - row
+    for r in cutlass.range_constexpr(cute.size(acc, mode=[0])):
+        below = 64 * (r // 2) + 8 * (r % 2)
+        to = address + below * 2 * gmem.stride[0]
+        for c in cutlass.range_constexpr(0, cute.size(acc, mode=[1]), 4):
+            first, second = (
+                round_pair(acc[r, c + h], acc[r, c + h + 1], gmem.element_type) for h in (0, 2)
+            )
+            taken = cute.arch.shuffle_sync_bfly(first if odd else second, offset=1)
+            cute.arch.inline_ptx(
+                f"{{ .reg .pred inside; setp.gt.s32 inside, {{$r1}}, {below}; "
+                f"@inside st.global.v2.b32 [{{$r0}} + {8 * c}], {{ {{$r2}}, {{$r3}} }}; }}",
+                read_only_args=[to, rows, taken if odd else first, second if odd else taken],
+            )
 
 
 def reduction_address(gmem: cute.Tensor, thread: Int32) -> Int64:

@@ -73,16 +73,12 @@ class Problem(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """A key tile, the query tiles it visits per head, and the run-time scalars."""
+    """A key tile and the query tiles that it visits per head."""
 
     n_block: Int32
     kv_head: Int32
-    group: Int32  # query heads per key/value head
     batch: Int32
     blocks: BlockRange
-    scalars: Scalars
-    seqlen_q: Int32
-    seqlen_k: Int32
 
 
 class Statistics(NamedTuple):
@@ -157,16 +153,7 @@ def key_tile(problem: Problem, tile: tuple[int, int], ticket: Int32) -> KeyTile:
     # ptxas computed them again for every head, and kept what it takes: 12 bytes of spills at d=64,
     # and 22 to 25 instructions more per unmasked tile.
     blocks = BlockRange(*(cute.arch.make_warp_uniform(x) for x in blocks))
-    return KeyTile(
-        n_block=n_block,
-        kv_head=kv_head,
-        group=problem.group,
-        batch=batch,
-        blocks=blocks,
-        scalars=problem.scalars,
-        seqlen_q=problem.seqlen_q,
-        seqlen_k=problem.seqlen_k,
-    )
+    return KeyTile(n_block=n_block, kv_head=kv_head, batch=batch, blocks=blocks)
 
 
 @cute.jit
@@ -268,7 +255,10 @@ def _load_keys(atom: cute.CopyAtom, gmem: cute.Tensor, smem: cute.Tensor, place:
 
 @cute.jit
 def zero_gradients(
-    gradients: tuple[cute.Tensor, cute.Tensor], tile: KeyTile, tile_n: cutlass.Constexpr
+    gradients: tuple[cute.Tensor, cute.Tensor],
+    problem: Problem,
+    tile: KeyTile,
+    tile_n: cutlass.Constexpr,
 ):
     """dk and dv (rows, dim, head, batch) of a key tile are 0. Called by one warp."""
     for gradient in gradients:
@@ -276,7 +266,7 @@ def zero_gradients(
         vector = 128 // gradient.element_type.width
         zeros = cute.make_rmem_tensor(vector, gradient.element_type)
         zeros.fill(0.0)
-        rows = cutlass.min(tile_n, tile.seqlen_k - tile.n_block * tile_n)
+        rows = cutlass.min(tile_n, problem.seqlen_k - tile.n_block * tile_n)
         array = gradient[None, None, tile.kv_head, tile.batch]
         for i in cutlass.range(cute.arch.lane_idx(), rows * (dim // vector), 32, unroll=1):
             row, column = i // (dim // vector), i % (dim // vector)
@@ -325,8 +315,8 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
         tile = key_tile(problem, tile_mn, ticket)
         place = (tile.n_block, tile.kv_head, tile.batch)
         blocks = tile.blocks
-        for h in cutlass.range(tile.group, unroll=1):
-            head = tile.kv_head * tile.group + h
+        for h in cutlass.range(problem.group, unroll=1):
+            head = tile.kv_head * problem.group + h
             of_q, of_dout = _tiles_of_head(atoms, gmem, smem, statistics, head, tile.batch)
             for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
                 first = (h == 0) & (m == blocks.begin)
@@ -351,7 +341,7 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
         if blocks.end > blocks.begin:
             k_stage, v_stage = next_stage(k_stage, smem.k), next_stage(v_stage, smem.v)
         else:
-            zero_gradients(gradients, tile, tile_mn[1])
+            zero_gradients(gradients, problem, tile, tile_mn[1])
         following = claim(problem.order, ticket, reserved)
         if const_expr(isinstance(problem.order, TileQueue)):
             unvisited = following < last
@@ -359,7 +349,7 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
                 tile = key_tile(problem, tile_mn, following)
                 unvisited = tile.blocks.end == tile.blocks.begin
                 if unvisited:
-                    zero_gradients(gradients, tile, tile_mn[1])
+                    zero_gradients(gradients, problem, tile, tile_mn[1])
                     following = claim(problem.order, ticket, reserve(problem.order))
                     unvisited = following < last
         announce(problem.order, ticket, following)
@@ -398,21 +388,21 @@ def column_statistic(rows: cute.Tensor, scores_thread, tile_n: int) -> cute.Tens
 def mask_transposed(
     scores: cute.Tensor,
     coords: Coordinates,
-    m: Int32,
-    tile: KeyTile,
-    tile_mn: tuple[int, int],
+    start: tuple[Int32, Int32],
+    problem: Problem,
     interval: tuple[cute.Tensor, ...],
 ):
-    """Mask what the band and the sequences' ends leave out of query tile m, or what lies outside
-    the queries' intervals, whose `column_statistic` of this tile (2, column pairs) are given."""
-    m_start, n_start = m * tile_mn[0], tile.n_block * tile_mn[1]
+    """Mask what the band and the sequences' ends leave out of the queries and keys from `start` on,
+    or what lies outside the queries' intervals, whose `column_statistic` (2, column pairs) are
+    given."""
+    m_start, n_start = start
     if const_expr(len(interval) > 0):
         for pair in cutlass.range_constexpr(cute.size(scores, mode=[1]) // 2):
             mask_pair(scores, coords, n_start, interval, pair)
     else:
         shift = n_start - m_start
-        extent = (tile.seqlen_k - n_start, tile.seqlen_q - m_start)
-        band = tile.scalars.band
+        extent = (problem.seqlen_k - n_start, problem.seqlen_q - m_start)
+        band = problem.scalars.band
         mask_scores(scores, coords, Band(shift - band.upper, shift - band.lower), extent)
 
 

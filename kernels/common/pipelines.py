@@ -8,8 +8,6 @@ import cutlass
 from cutlass import const_expr, cute, pipeline
 
 WARPGROUP = 128
-# What a CTA may have.
-SHARED_MEMORY = 227 * 1024
 
 
 class RegisterSplit(NamedTuple):
