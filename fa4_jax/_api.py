@@ -182,7 +182,7 @@ def flash_attention(  # noqa: PLR0913 - the public options of attention; they ar
         Prefix-LM, causal after prefix[b] keys that every query sees: leave `causal` out and give
         jnp.maximum(jnp.arange(1, T + 1), prefix[:, None]).
       return_lse: return (out, lse).
-      deterministic: bitwise repeatable gradients. Reference only.
+      deterministic: bitwise repeatable gradients: dq is added up in one order.
       implementation: "fa4" runs the FA4 kernels or raises; "reference" runs `_reference`; None runs
         the kernels where they can serve the call and else the reference, with one `FallbackWarning`
         that names the reasons.
@@ -600,7 +600,6 @@ def _plan(
     one_of(options.causal_alignment, (TOP_LEFT, BOTTOM_RIGHT), "causal_alignment")
     causal = static_flag(options.causal, options.name("causal"))
     static_flag(options.return_lse, options.name("return_lse"))
-    deterministic = static_flag(options.deterministic, "deterministic")
     window_left, window_right = normalise_window(
         options.window_size, causal, options.name("window_size")
     )
@@ -613,11 +612,11 @@ def _plan(
         window_right=window_right,
         alignment=options.causal_alignment if is_band else TOP_LEFT,
         softcap=normalise_softcap(options.softcap),
+        deterministic=static_flag(options.deterministic, "deterministic"),
         require_kernel=options.implementation == KERNELS,
     )
     arrays = _Arrays(options, q, k, has_batch, allow_shapes)
     reasons = _primitives.missing_kernels((Kernel.forward,), q.dtype, (q.shape[-1], v.shape[-1]))
-    reasons += ("deterministic=True isn't in the kernels yet",) if deterministic else ()
     reasons += tuple(
         f"{name} isn't in the kernels yet"
         for name in ("bias", "mask")

@@ -74,9 +74,13 @@ def _given(extras: Extras, names: Sequence[str]) -> tuple[tuple[str, ...], list[
 
 
 def features(spec: AttentionSpec, has_interval: bool) -> tuple[Feature, ...]:
-    """Those of the rows that serve a call."""
-    needed = [Feature.interval] * has_interval + [Feature.softcap] * (spec.softcap is not None)
-    return _variants.feature_set(needed)
+    """Those that a call needs."""
+    asked = {
+        Feature.interval: has_interval,
+        Feature.softcap: spec.softcap is not None,
+        Feature.deterministic: spec.deterministic,
+    }
+    return tuple(feature for feature, is_needed in asked.items() if is_needed)
 
 
 def missing_kernels(
@@ -134,15 +138,13 @@ def kernel_names(
     kernels: Sequence[Kernel],
     dtype: np.dtype,
     head_dims: tuple[int, int],
-    features: tuple[Feature, ...] = (),
+    needed: tuple[Feature, ...] = (),
 ) -> tuple[str, ...]:
     """The arch-free names that a lowered program carries, e.g. `forward_bf16_d128`, of rows with
-    exactly these head dims, and with these features where rows have any."""
+    exactly these head dims, for a call that needs these features."""
     io_dtype = _IO_DTYPES[np.dtype(dtype).name]
     return tuple(
-        _variants.kernel_key(
-            kernel, io_dtype, head_dims, features if kernel in _variants.FEATURED else ()
-        )
+        _variants.kernel_key(kernel, io_dtype, head_dims, _variants.feature_set(kernel, needed))
         for kernel in kernels
     )
 
@@ -187,6 +189,7 @@ class _Problem:
                 sizes.setdefault(letter, size)
                 axes.setdefault(letter, axis)
         sizes["R"] = _variants.round_up(sizes["T"], _variants.ROW_MULTIPLE)
+        sizes["J"] = -(-sizes["S"] // _variants.BLOCK)
         sizes["U"] = 1
         sizes["E"] = _variants.round_up(sizes["D"], _variants.HEAD_DIM_MULTIPLE)
         return cls(sizes, axes, q)
@@ -261,7 +264,7 @@ def _forward_kernels(
     # Without sinks an array of no elements, which costs nothing. Made from q, as in `forward`.
     no_sinks = jnp.zeros_like(q[:0, 0, :, 0], jnp.float32)
     sinks = no_sinks if given.sinks is None else given.sinks
-    interval, chosen = _kernel_interval(spec, q, k, given)
+    interval, chosen = _kernel_interval(Kernel.forward, spec, q, k, given)
     visible = interval.of_queries if interval else ()
     launch = _Problem.of(*map(jax.typeof, qkv)).launch
     out, lse, *_ = launch(Kernel.forward, spec, *qkv, sinks, *visible, features=chosen)
@@ -269,10 +272,11 @@ def _forward_kernels(
 
 
 def _kernel_interval(
-    spec: AttentionSpec, q: Array, k: Array, extras: Extras
+    kernel: Kernel, spec: AttentionSpec, q: Array, k: Array, extras: Extras
 ) -> tuple[KernelInterval | None, tuple[Feature, ...]]:
-    """What rows with `Feature.interval` take of a call that they serve, and all their features."""
-    chosen = features(spec, extras.kv_start is not None)
+    """What rows with `Feature.interval` take of a call that they serve; the features of `kernel`'s
+    rows that serve it."""
+    chosen = _variants.feature_set(kernel, features(spec, extras.kv_start is not None))
     if Feature.interval not in chosen:
         return None, chosen
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
@@ -305,9 +309,9 @@ def _backward_kernels(
     out, dout = _pad(out, head_dim_v), _pad(dout, head_dim_v)
     launch = _Problem.of(*map(jax.typeof, qkv)).launch
     dpsum, lse_log2, dq_accum = launch(Kernel.backward_preprocess, spec, out, dout, lse, dlse)
-    interval, chosen = _kernel_interval(spec, q, k, _extras(extras, rest))
+    interval, chosen = _kernel_interval(Kernel.backward, spec, q, k, _extras(extras, rest))
     visible = interval.of_keys if interval else ()
-    dk, dv, dq_accum = launch(
+    dk, dv, dq_accum, *_ = launch(
         *(Kernel.backward, spec, *qkv, dout, lse_log2, dpsum, dq_accum, *visible), features=chosen
     )
     (dq,) = launch(Kernel.backward_postprocess, spec, dq_accum)

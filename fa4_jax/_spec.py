@@ -32,6 +32,8 @@ class AttentionSpec:
     alignment: str = TOP_LEFT
     softcap: float | None = None
     """`softcap * tanh(logits / softcap)`; None for none."""
+    deterministic: bool = False
+    """Gradients are the same bits in every run."""
     require_kernel: bool = False
     """The caller said `implementation="fa4"`: never fall back to the reference."""
 

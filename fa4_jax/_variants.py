@@ -58,9 +58,27 @@ class Feature(enum.StrEnum):
     """Which keys a query sees: those of an interval of its own, not those of a band."""
     softcap = enum.auto()
     """Scores are softcap * tanh(softmax_scale * q k^T / softcap)."""
+    deterministic = enum.auto()
+    """dq is summed in one order, whatever the timing. Everything else always is."""
 
 
-FEATURED = (Kernel.forward, Kernel.backward)
+# Softcap and determinism come with intervals alone: a band is cheap to write as intervals, twice
+# the rows aren't cheap to build.
+_INTERVALS: tuple[tuple[Feature, ...], ...] = (
+    (Feature.interval,),
+    (Feature.interval, Feature.softcap),
+)
+FEATURE_SETS: Mapping[Kernel, tuple[tuple[Feature, ...], ...]] = {
+    Kernel.forward: ((), *_INTERVALS),
+    Kernel.backward_preprocess: ((),),
+    Kernel.backward: (
+        (),
+        *_INTERVALS,
+        *((*features, Feature.deterministic) for features in _INTERVALS),
+    ),
+    Kernel.backward_postprocess: ((),),
+}
+"""Those that the rows of a kernel have."""
 
 
 class Arch(enum.StrEnum):
@@ -174,6 +192,9 @@ _KEY_RANGE = Buffer("key_range", "BMW", DType.i32)
 _QUERY_RANGE = Buffer("query_range", "BJW", DType.i32)
 # How many tiles a persistent kernel's CTAs have taken from its queue.
 _TILES_TAKEN = Buffer("tiles_taken", "U", DType.i32, zeroed=True)
+# Of a tile of keys: before which tile of queries it, and all tiles of later keys, have added their
+# dq. Tiles are the row's, and fewer than blocks.
+_PROGRESS = Buffer("progress", "BNJ", DType.i32, zeroed=True)
 # > 0 and finite; the Python layer folds a zero or negative scale into q.
 _SCALE = Scalar("softmax_scale", "f32")
 # > 0 and finite; 1, and not read, where the row hasn't the feature.
@@ -199,13 +220,16 @@ def signature(kernel: Kernel, features: tuple[Feature, ...] = ()) -> Signature:
     if kernel is Kernel.backward:
         # dk and dv complete; dq_accum += dS k, still without softmax_scale, and with columns in the
         # order that the row's `Split` says.
-        interval = (*_INTERVAL, _QUERY_RANGE) if Feature.interval in features else ()
+        has_interval = Feature.interval in features
+        interval = (*_INTERVAL, _QUERY_RANGE) if has_interval else ()
+        queue = (_TILES_TAKEN,) if has_interval else ()
+        progress = (_PROGRESS,) if Feature.deterministic in features else ()
         return Signature(
             (*QKV, _DOUT, _LSE_LOG2, _DPSUM, _DQ_ACCUM, *interval),
-            (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM),
+            (Buffer("dk", "BSKD"), Buffer("dv", "BSKV"), _DQ_ACCUM, *queue, *progress),
             (_SCALE, _SOFTCAP, *_BAND, _NUM_SMS),
         )
-    assert kernel not in FEATURED and not features, f"{kernel} is the same with every feature"
+    assert not features, f"{kernel} is the same with every feature"
     if kernel is Kernel.backward_preprocess:
         # dpsum = rowsum(out * dout) - dlse, 0 in padding rows; lse_log2 = lse * log2(e), +inf in
         # padding rows and for rows that see no key, so that their probabilities are 0; and a
@@ -326,12 +350,11 @@ def grid(
     kernel: Kernel,
     arch: Arch,
     tiles: Mapping[int | tuple[int, int], Tiles],
-    feature_sets: Iterable[tuple[Feature, ...]] = ((),),
     dtypes: Iterable[DType] = (DType.bf16, DType.f16),
 ) -> Iterator[Variant]:
     """Rows for every set of features, dtype and head dim of `tiles`: of q and v alike, or a pair
     (q, v)."""
-    for features, dtype, head_dims in itertools.product(feature_sets, dtypes, tiles):
+    for features, dtype, head_dims in itertools.product(FEATURE_SETS[kernel], dtypes, tiles):
         pair = (head_dims, head_dims) if isinstance(head_dims, int) else head_dims
         yield Variant(
             kernel=kernel,
@@ -401,27 +424,18 @@ _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
     256: _by_products(64, key_stages=1),
 }
 
-# Softcap comes with intervals alone: a band is cheap to write as intervals, a third of the rows
-# isn't cheap to build.
-FEATURE_SETS: tuple[tuple[Feature, ...], ...] = (
-    (),
-    (Feature.interval,),
-    (Feature.interval, Feature.softcap),
-)
-
 VARIANTS: tuple[Variant, ...] = (
     *grid(
         Kernel.forward,
         Arch.sm90a,
         _FORWARD_SM90,
-        FEATURE_SETS,
     ),
     *grid(
         Kernel.backward_preprocess,
         Arch.sm90a,
         {dims: Tiles(tile_m=128) for dims in _BACKWARD_SM90},
     ),
-    *grid(Kernel.backward, Arch.sm90a, _BACKWARD_SM90, FEATURE_SETS),
+    *grid(Kernel.backward, Arch.sm90a, _BACKWARD_SM90),
     *grid(
         Kernel.backward_postprocess,
         Arch.sm90a,
@@ -435,9 +449,12 @@ def target_name(kernel: Kernel) -> str:
     return f"fa4_jax_{kernel}_v{TARGET_VERSION}"
 
 
-def feature_set(needed: Iterable[Feature]) -> tuple[Feature, ...]:
-    """The smallest of `FEATURE_SETS` that has every feature of `needed`."""
-    return min((s for s in FEATURE_SETS if set(s) >= set(needed)), key=len)
+def feature_set(kernel: Kernel, needed: Iterable[Feature]) -> tuple[Feature, ...]:
+    """The smallest of the kernel's `FEATURE_SETS` that has every feature of `needed` which makes a
+    difference to it."""
+    sets = FEATURE_SETS[kernel]
+    different = set(needed).intersection(itertools.chain(*sets))
+    return min((s for s in sets if set(s) >= different), key=len)
 
 
 def built_head_dims(kernel: Kernel, dtype: DType) -> tuple[tuple[int, int], ...]:

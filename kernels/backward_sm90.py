@@ -8,7 +8,8 @@ head of the group, and accumulates dk and dv in registers, so that grouped heads
 atomics nor another pass. Scores are computed transposed, keys by queries: the probabilities
 and dS then leave the accumulators as the register operand of dv and dk. dS goes through shared
 memory for dq, the one product that reduces over keys, and dq is added to its fp32 accumulator by
-the TMA unit (the only result whose summation order is not fixed).
+the TMA unit (the only result whose summation order is not fixed, unless the row is deterministic:
+`dq_order`).
 
 With `Tiles.scores_ahead` the scores of the next visit are issued before dq and dk of this one, so
 that the exponentials don't wait for them.
@@ -58,6 +59,7 @@ from kernels.common.copy_sm90 import (
     tma_atom,
     tma_tiles,
 )
+from kernels.common.dq_order import DONE, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     Operands,
@@ -87,7 +89,13 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
-from kernels.common.scheduler import first_ticket, last_ticket, next_ticket
+from kernels.common.scheduler import (
+    first_ticket,
+    last_ticket,
+    next_ticket,
+    open_queue,
+    queue_storage,
+)
 
 # Named barriers; 0 is sync_threads. DQ_EMPTY + i and DQ_FULL + i belong to warpgroup i's dq slab.
 COMPUTE, DQ_EMPTY, DQ_FULL = 1, 2, 4
@@ -102,6 +110,7 @@ class Stores(NamedTuple):
     dv: cute.Tensor
     dq: cute.CopyAtom
     g_dq: cute.Tensor
+    progress: tuple[cute.Tensor, ...]  # the words of `dq_order`, if dq's additions have an order
 
 
 class Layouts(NamedTuple):
@@ -155,6 +164,7 @@ class BackwardSm90:
         self.stages = variant.tiles.stages
         self.has_intervals = Feature.interval in variant.features
         self.has_softcap = Feature.softcap in variant.features
+        self.is_deterministic = Feature.deterministic in variant.features
         self.scores_ahead = variant.tiles.scores_ahead
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
@@ -180,7 +190,8 @@ class BackwardSm90:
         num_sms: Int32,
         *buffers: cute.Tensor,
     ):
-        q, k, v, dout, lse_log2, dpsum, dq_accum, *intervals, dk, dv = buffers
+        q, k, v, dout, lse_log2, dpsum, dq_accum, *rest = buffers
+        intervals, (dk, dv, *own) = rest[: 3 * self.has_intervals], rest[3 * self.has_intervals :]
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
         q, k, v, dout, dk, dv = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
@@ -204,6 +215,7 @@ class BackwardSm90:
             dk,
             dv,
             *tma_atom(reduce, dq, layouts.dq, (DQ_SLAB, DQ_SLAB)),
+            tuple(own[1:]),
         )
         stages = self.stages
         bounds = self.tile_m * stages if self.has_intervals else 0
@@ -211,8 +223,12 @@ class BackwardSm90:
         def room(layout: cute.ComposedLayout):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
 
+        ring, ring_barriers = queue_storage(self.has_intervals)
+
         @cute.struct
         class Storage:
+            tile_ring: ring
+            tile_barriers: ring_barriers
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
             dout_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
@@ -232,7 +248,8 @@ class BackwardSm90:
             Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
             Band(band_lower, band_upper),
         )
-        problem = key_tiles(q, k, self.tile_n, scalars, tuple(intervals[2:]), num_sms)
+        ranges = tuple(intervals[2:])
+        problem = key_tiles(q, k, self.tile_n, scalars, ranges, tuple(own), num_sms)
         rows = Statistics(lse_log2, dpsum, tuple(intervals[:2]))
         self.kernel(atoms, coordinates, stores, self.mma(), layouts, rows, problem).launch(
             grid=(problem.order.ctas, 1, 1),
@@ -297,6 +314,9 @@ class BackwardSm90:
             )
         )
         producers, consumers = zip(*pipes, strict=True)
+        if const_expr(self.has_intervals):
+            places = (storage.tile_ring, storage.tile_barriers)
+            problem = problem._replace(order=open_queue(problem.order, *places, warps + 1))
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
@@ -304,7 +324,10 @@ class BackwardSm90:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
                 rows, ahead = (statistics, smem.rows), self.scores_ahead
-                load_operands(atoms, coordinates, smem.operands, producers, rows, problem, ahead)
+                grads = (stores.dk, stores.dv)
+                load_operands(
+                    atoms, coordinates, smem.operands, producers, rows, problem, grads, ahead
+                )
             if warp_idx == 1:
                 self.store_dq(stores, smem, problem)
         else:
@@ -475,11 +498,12 @@ class BackwardSm90:
             ticket = next_ticket(problem.order, ticket)
             # Decoded here, the next tile's loops don't wait for it.
             following = key_tile(problem, tile_mn, cutlass.min(ticket, last - 1))
-            dk.store(dk.load() * problem.scalars.softmax_scale)
-            row = tile.n_block * self.tile_n + coords.row
-            for gradient, array in ((dk, stores.dk), (dv, stores.dv)):
-                array = array[None, None, tile.kv_head, tile.batch]
-                accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)
+            if blocks.end > blocks.begin:
+                dk.store(dk.load() * problem.scalars.softmax_scale)
+                row = tile.n_block * self.tile_n + coords.row
+                for gradient, array in ((dk, stores.dk), (dv, stores.dv)):
+                    array = array[None, None, tile.kv_head, tile.batch]
+                    accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)
             tile = following
         if const_expr(self.scores_ahead):
             q_consumer.release()
@@ -497,12 +521,17 @@ class BackwardSm90:
     def store_dq(self, stores: Stores, smem: Smem, problem: Problem):
         """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
         handed back."""
+        tile_mn = (self.tile_m, self.tile_n)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
-            tile = key_tile(problem, (self.tile_m, self.tile_n), ticket)
+            tile = key_tile(problem, tile_mn, ticket)
             blocks = tile.blocks
-            for h in cutlass.range(problem.group, unroll=1):
-                g_dq = stores.g_dq[None, None, tile.kv_head * problem.group + h, tile.batch]
+            heads = problem.group if blocks.end > blocks.begin else 0
+            for h in cutlass.range(heads, unroll=1):
+                head = tile.kv_head * problem.group + h
+                if const_expr(self.is_deterministic):
+                    turn = turn_of(stores.progress[0], problem, tile_mn, tile, head)
+                g_dq = stores.g_dq[None, None, head, tile.batch]
                 g_dq = cute.local_tile(g_dq, (DQ_SLAB, DQ_SLAB), (None, None))
                 s_dq, g_dq = tma_tiles(stores.dq, smem.dq, g_dq)
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
@@ -510,6 +539,12 @@ class BackwardSm90:
                         cute.arch.barrier_arrive(
                             barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32
                         )
+                    if const_expr(self.is_deterministic):
+                        # Now the warpgroups compute, so the last additions have time to end.
+                        if m > blocks.begin:
+                            cute.arch.cp_async_bulk_wait_group(0)
+                            pass_turn(turn, m)
+                        turn = wait_for_turn(turn, m)
                     for group in cutlass.range_constexpr(self.warpgroups):
                         row, column = group // self.dq_atoms[1], group % self.dq_atoms[1]
                         cute.arch.barrier(
@@ -521,5 +556,8 @@ class BackwardSm90:
                         cute.copy(stores.dq, s_dq[None, group], g_dq[None, m_slab, column])
                         cute.arch.cp_async_bulk_commit_group()
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
+                if const_expr(self.is_deterministic):
+                    cute.arch.cp_async_bulk_wait_group(0)
+                    pass_turn(wait_for_turn(turn, DONE - 1), DONE)
             ticket = next_ticket(problem.order, ticket)
         cute.arch.cp_async_bulk_wait_group(0)

@@ -8,7 +8,8 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
 
     warps   role            registers
     0       load            24
-    1-3     idle            24
+    1       order           24        dq's additions, with `Feature.deterministic`; else idle
+    2-3     idle            24
     4-7     probabilities   240       p  = exp2(scale_log2 k q^T - lse_log2)     dv += p dout
     8-11    gradients       240       dS = p (v dout^T - dpsum)                  dk += dS q
                             both      dq_accum += dS^T k
@@ -20,6 +21,7 @@ dS and dk, for all keys of the tile, and each a part of dq's columns.
     probabilities --[p, fp32]--> gradients       one stage, named barrier P_FULL; with a softcap,
                                                  p (1 - t^2): see `key_tile`
     gradients --[dS]--> both                     one stage, named barrier DS_FULL
+    order --[turn]--> both --> order             DS_FULL and ADDED, see `order_additions`
 
 Scores are transposed (keys by queries), so p and dS are the register operands of dv and dk, and
 each operand of the scores is read by one MMA of 64 by 64 and not by two of half its size, which
@@ -56,6 +58,7 @@ from kernels.common.copy_sm90 import (
     store_matrix,
     tma_atom,
 )
+from kernels.common.dq_order import DONE, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     KeyTile,
@@ -86,20 +89,28 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
-from kernels.common.scheduler import first_ticket, last_ticket, next_ticket
+from kernels.common.scheduler import (
+    first_ticket,
+    last_ticket,
+    next_ticket,
+    open_queue,
+    queue_storage,
+)
 
 # Named barriers; 0 is sync_threads.
-P_FULL, DS_FULL = 1, 2
+P_FULL, DS_FULL, ADDED = 1, 2, 3
 BOTH = 2 * WARPGROUP
 TILE_M = 64  # queries per tile: the rows of one MMA of dq
 
 
 class Results(NamedTuple):
-    """dk, dv and dq's accumulator (rows, dim, head, batch)."""
+    """dk, dv and dq's accumulator (rows, dim, head, batch); the words of `dq_order`, if dq's
+    additions have an order."""
 
     dk: cute.Tensor
     dv: cute.Tensor
     dq: cute.Tensor
+    progress: tuple[cute.Tensor, ...]
 
 
 class Layouts(NamedTuple):
@@ -150,6 +161,9 @@ class BackwardWideSm90:
         self.stages = variant.tiles.stages
         self.has_intervals = Feature.interval in variant.features
         self.has_softcap = Feature.softcap in variant.features
+        self.is_deterministic = Feature.deterministic in variant.features
+        # Who meets before dq is added, and after.
+        self.ordered = BOTH + 32 * self.is_deterministic
         self.registers = register_split(variant.tiles.mma_warpgroups)
         # (first column, columns) of dq's products: the probabilities' one, then the
         # gradients'. A product must not start inside a swizzle atom of k, 64 columns, or 32 at
@@ -174,7 +188,8 @@ class BackwardWideSm90:
         num_sms: Int32,
         *buffers: cute.Tensor,
     ):
-        q, k, v, dout, lse_log2, dpsum, dq_accum, *intervals, dk, dv = buffers
+        q, k, v, dout, lse_log2, dpsum, dq_accum, *rest = buffers
+        intervals, (dk, dv, *own) = rest[: 3 * self.has_intervals], rest[3 * self.has_intervals :]
         # (batch, rows, heads, dim) -> (rows, dim, heads, batch)
         q, k, v, dout, dk, dv = (
             cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
@@ -199,8 +214,12 @@ class BackwardWideSm90:
         def room(layout: cute.ComposedLayout):
             return cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024]
 
+        ring, ring_barriers = queue_storage(self.has_intervals)
+
         @cute.struct
         class Storage:
+            tile_ring: ring
+            tile_barriers: ring_barriers
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
             dout_barriers: cute.struct.MemRange[cutlass.Int64, 2 * stages]
             lse_log2: cute.struct.Align[cute.struct.MemRange[Float32, self.tile_m * stages], 128]
@@ -220,8 +239,12 @@ class BackwardWideSm90:
             Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
             Band(band_lower, band_upper),
         )
-        problem = key_tiles(q, k, self.tile_n, scalars, tuple(intervals[2:]), num_sms)
-        rows, results = Statistics(lse_log2, dpsum, tuple(intervals[:2])), Results(dk, dv, dq)
+        ranges = tuple(intervals[2:])
+        problem = key_tiles(q, k, self.tile_n, scalars, ranges, tuple(own), num_sms)
+        rows, results = (
+            Statistics(lse_log2, dpsum, tuple(intervals[:2])),
+            Results(dk, dv, dq, tuple(own[1:])),
+        )
         self.kernel(atoms, coordinates, results, self.mma(), layouts, rows, problem).launch(
             grid=(problem.order.ctas, 1, 1),
             block=(3 * WARPGROUP, 1, 1),
@@ -285,6 +308,10 @@ class BackwardWideSm90:
             )
         )
         producers, consumers = zip(*pipes, strict=True)
+        if const_expr(self.has_intervals):
+            places = (storage.tile_ring, storage.tile_barriers)
+            followers = BOTH // 32 + self.is_deterministic
+            problem = problem._replace(order=open_queue(problem.order, *places, followers))
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
@@ -292,7 +319,13 @@ class BackwardWideSm90:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
                 rows = (statistics, smem.rows)
-                load_operands(atoms, coordinates, smem.operands, producers, rows, problem, False)
+                grads = (results.dk, results.dv)
+                load_operands(
+                    *(atoms, coordinates, smem.operands, producers, rows, problem, grads), False
+                )
+            if const_expr(self.is_deterministic):
+                if warp_idx == 1:
+                    self.order_additions(results.progress[0], problem)
         elif warp_idx < 8:
             cute.arch.setmaxregister_increase(self.registers.consume)
             self.probability_side(thread % WARPGROUP, mma, smem, consumers, problem, results)
@@ -378,9 +411,7 @@ class BackwardWideSm90:
             blocks = tile.blocks
             dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
             dv.fill(0.0)
-            if blocks.end == blocks.begin:
-                self.store_gradient(dv, results.dv, thread, tile)
-            else:
+            if blocks.end > blocks.begin:
                 k_tile, dq_tile = resident(f_k, k_stage), (f_dq[0], resident(f_dq[1], k_stage))
                 q_slot = q_consumer.wait_and_advance()
                 first_q = stage(f_q, q_slot)
@@ -411,7 +442,7 @@ class BackwardWideSm90:
                         dout_slot = dout_consumer.wait_and_advance()
                         f_b = stage(f_dout_t, dout_slot)
                         issue_gemm(mma.dv, dv, as_a_operand(p), f_b, zero=False)
-                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=self.ordered)
                         dq = self.issue_dq(mma, dq_tile, 0)
                         # dv first: the scores would not fit beside p. They follow dq without a gap.
                         warpgroup.wait_group(1)
@@ -423,7 +454,7 @@ class BackwardWideSm90:
                         warpgroup.wait_group(const_expr(int(not last)))
                         if const_expr(last):
                             q_slot.release()  # and k
-                        self.add_dq(dq, g_dq, 0)
+                        self.add_last_dq(dq, g_dq, 0)
                         m, g_dq = self.next_visit(tile, m, g_dq, wrap)
                 self.store_gradient(dv, results.dv, thread, tile)
                 k_stage = next_stage(k_stage, s_k)
@@ -463,9 +494,7 @@ class BackwardWideSm90:
             blocks = tile.blocks
             dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
             dk.fill(0.0)
-            if blocks.end == blocks.begin:
-                self.store_gradient(dk, results.dk, thread, tile)
-            else:
+            if blocks.end > blocks.begin:
                 v_tile = resident(f_v, v_stage)
                 dq_tile = [(ds_t, resident(k_t, k_stage)) for ds_t, k_t in f_dq]
                 dout_slot = dout_consumer.wait_and_advance()
@@ -485,7 +514,7 @@ class BackwardWideSm90:
                         ds = to_16_bit(dp, self.dtype)
                         cute.copy(ds_copy, ds_copy.retile(ds), s_ds)
                         cute.arch.fence_view_async_shared()
-                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=BOTH)
+                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=self.ordered)
                         dq = self.issue_dq(mma, dq_tile[1], 1)
                         q_slot = q_consumer.wait_and_advance()
                         f_b = stage(f_q_t, q_slot)
@@ -514,7 +543,7 @@ class BackwardWideSm90:
                             warpgroup.wait_group(ahead)
                         if const_expr(parts > 2 and last):
                             q_slot.release()  # and k
-                        self.add_dq(dq, g_dq, parts - 1)
+                        self.add_last_dq(dq, g_dq, parts - 1)
                         if const_expr(parts == 2):
                             warpgroup.wait_group(ahead)  # dk
                             q_slot.release()
@@ -576,6 +605,32 @@ class BackwardWideSm90:
     def add_dq(self, dq: cute.Tensor, address: Int64, part: int):
         """Add this part of dq to the accumulator."""
         add_to_gmem(dq, address, self.dq_parts[part][0], self.width)
+
+    @cute.jit
+    def add_last_dq(self, dq: cute.Tensor, address: Int64, part: cutlass.Constexpr):
+        """`add_dq` of the last part of a warpgroup."""
+        self.add_dq(dq, address, part)
+        if const_expr(self.is_deterministic):
+            cute.arch.barrier_arrive(barrier_id=ADDED, number_of_threads=self.ordered)
+
+    @cute.jit
+    def order_additions(self, progress: cute.Tensor, problem: Problem):
+        """Lets the warpgroups add to dq when it is this key tile's turn, and passes that on."""
+        tile_mn = (self.tile_m, self.tile_n)
+        ticket, last = first_ticket(problem.order), last_ticket(problem.order)
+        while ticket < last:
+            tile = key_tile(problem, tile_mn, ticket)
+            heads = problem.group if tile.blocks.end > tile.blocks.begin else 0
+            for h in cutlass.range(heads, unroll=1):
+                head = tile.kv_head * problem.group + h
+                turn = turn_of(progress, problem, tile_mn, tile, head)
+                for m in cutlass.range(tile.blocks.begin, tile.blocks.end, unroll=1):
+                    turn = wait_for_turn(turn, m)
+                    cute.arch.barrier_arrive(barrier_id=DS_FULL, number_of_threads=self.ordered)
+                    cute.arch.barrier(barrier_id=ADDED, number_of_threads=self.ordered)
+                    pass_turn(turn, m + 1)
+                pass_turn(wait_for_turn(turn, DONE - 1), DONE)
+            ticket = next_ticket(problem.order, ticket)
 
     @cute.jit
     def statistic(self, smem: cute.Tensor) -> cute.Tensor:

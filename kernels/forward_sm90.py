@@ -66,6 +66,7 @@ from kernels.common.scheduler import (
     TileOrder,
     TileQueue,
     announce,
+    claim,
     first_ticket,
     last_ticket,
     next_ticket,
@@ -401,7 +402,9 @@ class ForwardSm90:
                 slot = v_producer.acquire_and_advance()
                 n = blocks.begin
                 cute.copy(tma.v, g_v[None, n], s_v[None, slot.index], tma_bar_ptr=slot.barrier)
-            ticket = announce(problem.order, ticket, reserved)
+            following = claim(problem.order, ticket, reserved)
+            announce(problem.order, ticket, following)
+            ticket = following
         k_producer.tail()
         v_producer.tail()
 

@@ -299,12 +299,12 @@ def test_clamping_the_band_changes_no_visible_key(alignment: str) -> None:
 def test_none_falls_back_with_one_warning_that_names_the_reasons() -> None:
     q, k, v = operands(jnp.float32, head_dim=40)
     with pytest.warns(FallbackWarning) as caught:
-        flash_attention(q, k, v, deterministic=True)
-        flash_attention(q, k, v, deterministic=True, causal=True)
+        dot_product_attention(q, k, v, bias=jnp.zeros(()))
+        dot_product_attention(q, k, v, bias=jnp.zeros(()), is_causal=True)
     assert len(caught) == 1
     message = str(caught[0].message)
     assert "dtype float32 has no kernel" in message
-    assert "deterministic=True isn't in the kernels yet" in message
+    assert "bias isn't in the kernels yet" in message
     assert 'implementation="reference"' in message
     assert caught[0].filename == __file__
     with pytest.warns(FallbackWarning, match="dtype float32 has no kernel"):
@@ -404,11 +404,10 @@ def test_is_supported_on_a_gpu() -> None:
         "kv_end": ids[0],
         "key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
     }
-    assert is_supported(*shapes, **everything).ok
-    support = is_supported(*shapes, deterministic=True, implementation="reference", **everything)
-    assert support.reasons == ("deterministic=True isn't in the kernels yet",)
-    x = jax.ShapeDtypeStruct((2, 16, 4, 64), jnp.float32)
-    assert len(is_supported(x, x, x, deterministic=True).reasons) == 2
+    assert is_supported(*shapes, deterministic=True, **everything).ok
+    x = jax.ShapeDtypeStruct((2, 16, 4, 264), jnp.float32)
+    (reason,) = is_supported(x, x, x, implementation="reference").reasons
+    assert "dtype float32 has no kernel" in reason
     assert is_supported(*operands(head_dim=40)).ok
     assert "head_dim 264" in is_supported(*operands(head_dim=264)).reasons[0]
     assert is_supported(*(x[0] for x in (q, k, v))).ok
@@ -434,9 +433,13 @@ def test_explain_on_a_gpu() -> None:
     assert "fa4: forward_bf16_d64_interval; " in explain(q, k, v, kv_end=jnp.ones((2, 16), int))
     assert explain(q, k, v, sinks=q[0, 0, :, 0]) == explain(q, k, v)
     assert explain(q, k, v, implementation="reference").startswith("reference: ")
-    refused = "deterministic=True isn't in the kernels yet"
-    assert explain(q, k, v, deterministic=True) == f"reference: {refused}"
-    refusal = explain(q, k, v, deterministic=True, implementation="fa4")
+    chosen = explain(q, k, v, deterministic=True)
+    assert chosen.startswith("fa4: forward_bf16_d64; ")
+    assert "backward_bf16_d64_interval_deterministic" in chosen
+    q, k, v = operands(jnp.float32)
+    refused = "dtype float32 has no kernel (built: bfloat16, float16)"
+    assert explain(q, k, v) == f"reference: {refused}"
+    refusal = explain(q, k, v, implementation="fa4")
     assert refusal == f"raises NotImplementedError: {refused}"
     assert explain(*operands(head_dim=40)) == (
         "fa4: forward_bf16_d64 (head_dim 40 zero-padded to 64); gradient: "

@@ -256,10 +256,9 @@ WRONG_OPTIONS = [
     Bad("implementation xla", jax_nn(implementation="xla"), ValueError,
         r"implementation: got 'xla'"),
     Bad("implementation True", call(implementation=True), ValueError, r"implementation: got True"),
-    Bad("deterministic on fa4", fa4(deterministic=True), NotImplementedError,
-        r"deterministic=True isn't in the kernels yet.*use implementation=None"),
-    Bad("two reasons on fa4", fa4(deterministic=True, **head_dims(264)), NotImplementedError,
-        r"head_dim 264 has no bf16 forward kernel.*; deterministic=True isn't in the kernels yet"),
+    Bad("two reasons on fa4",
+        jax_nn(implementation="fa4", bias=ones(1, 1, 8, 16), **head_dims(264)), NotImplementedError,
+        r"head_dim 264 has no bf16 forward kernel.*; bias isn't in the kernels yet"),
 ]  # fmt: skip
 
 WRONG_ARRAYS = [

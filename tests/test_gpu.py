@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -56,7 +57,6 @@ from fa4_jax import explain, flash_attention, is_supported, register
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import (
     BLOCK,
-    FEATURED,
     Feature,
     Kernel,
     Variant,
@@ -491,7 +491,7 @@ FORWARD, PREPROCESS, BACKWARD, POSTPROCESS = ((kernel, ()) for kernel in Kernel)
 INTERVAL, SOFTCAP = (Feature.interval,), (Feature.interval, Feature.softcap)
 TARGETS: tuple[Target, ...] = (
     *(FORWARD, PREPROCESS, BACKWARD, POSTPROCESS),
-    *((kernel, features) for kernel in FEATURED for features in (INTERVAL, SOFTCAP)),
+    *itertools.product((Kernel.forward, Kernel.backward), (INTERVAL, SOFTCAP)),
 )
 
 MALFORMED: dict[str, tuple[Target, Callable]] = {

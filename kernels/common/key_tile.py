@@ -14,7 +14,7 @@ With a softcap c and t = tanh(softmax_scale k q^T / c):
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute
+from cutlass import Float32, Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
 from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
@@ -25,12 +25,15 @@ from kernels.common.mma_sm90 import rows_and_columns
 from kernels.common.pipelines import expect_more, wait_until_drained
 from kernels.common.scheduler import (
     TileOrder,
+    TileQueue,
     announce,
+    claim,
     first_ticket,
     last_ticket,
     place_of,
     reserve,
     tile_order,
+    tile_queue,
 )
 from kernels.common.softmax import LOG2_E
 
@@ -58,8 +61,9 @@ class Problem(NamedTuple):
     """What all key tiles share: their order, the run-time sizes and scalars, and which queries see
     a key: empty if the band says it."""
 
-    order: TileOrder
-    ascending: Int32  # 1: the scheduler's later blocks, longer ones, are the later keys
+    order: TileOrder | TileQueue
+    ascending: Int32  # 1: the scheduler's later blocks are the later keys
+    n_blocks: Int32
     kv_heads: cute.FastDivmodDivisorV2
     group: Int32  # query heads per key/value head
     seqlen_q: Int32
@@ -103,20 +107,32 @@ def key_tiles(
     tile_n: cutlass.Constexpr,
     scalars: Scalars,
     query_range: tuple[cute.Tensor, ...],
+    own: tuple[cute.Tensor, ...],
     num_sms: Int32,
 ) -> Problem:
-    """The key tiles of q and k (rows, dim, heads, batch). On the host."""
-    seqlen_q, _, heads, batch = q.shape
+    """The key tiles of q and k (rows, dim, heads, batch). `own` are the results that only the
+    kernel reads: with intervals how many tiles the queue has given, and, if additions to dq have an
+    order, the words of `dq_order`, which asks for the later keys first. On the host."""
+    seqlen_q, head_dim, heads, batch = q.shape
     seqlen_k, _, kv_heads, _ = k.shape
+    n_blocks = cute.ceil_div(seqlen_k, tile_n)
     # With a causal band the first keys are seen by most queries; with one that is bounded only
     # below, the last.
     band = scalars.band
     below, above = band.lower > -seqlen_q + 1, band.upper < seqlen_k - 1
     even = Int32(0) if below ^ above else Int32(1)
     ascending = Int32(1) if below & (even == 0) else Int32(0)
+    if const_expr(len(own) > 0):
+        ascending = Int32(len(own) - 1)
+        # q, dout and dq_accum
+        read = Int64(seqlen_q) * (heads // kv_heads) * (8 * head_dim)
+        order = tile_queue(n_blocks, (kv_heads * batch, Int32(1)), read, num_sms, own[0])
+    else:
+        order = tile_order(n_blocks, kv_heads * batch, even, num_sms)
     return Problem(
-        order=tile_order(cute.ceil_div(seqlen_k, tile_n), kv_heads * batch, even, num_sms),
+        order=order,
         ascending=ascending,
+        n_blocks=n_blocks,
         kv_heads=cute.fast_divmod_create_divisor_v2(kv_heads),
         group=heads // kv_heads,
         seqlen_q=seqlen_q,
@@ -130,10 +146,20 @@ def key_tiles(
 def key_tile(problem: Problem, tile: tuple[int, int], ticket: Int32) -> KeyTile:
     """The key tile of a ticket, of `tile` (queries, keys). Where all are alike, those of a head are
     computed in ascending order, so that its q and dout stay in the L2."""
-    tile_m, tile_n = tile
     block, head_of_all = place_of(problem.order, ticket)
-    n_block = block if problem.ascending == 1 else problem.order.blocks.divisor - 1 - block
+    n_block = block if problem.ascending == 1 else problem.n_blocks - 1 - block
     batch, kv_head = divmod(head_of_all, problem.kv_heads)
+    blocks = visits(problem, tile, n_block, batch)
+    # ptxas computed them again for every head, and kept what it takes: 12 bytes of spills at d=64,
+    # and 22 to 25 instructions more per unmasked tile.
+    blocks = BlockRange(*(cute.arch.make_warp_uniform(x) for x in blocks))
+    return KeyTile(n_block=n_block, kv_head=kv_head, batch=batch, blocks=blocks)
+
+
+@cute.jit
+def visits(problem: Problem, tile: tuple[int, int], n_block: Int32, batch: Int32) -> BlockRange:
+    """The query tiles that a key tile visits, of `tile` (queries, keys)."""
+    tile_m, tile_n = tile
     seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
     first = n_block * tile_n
     if const_expr(len(problem.query_range) > 0):
@@ -146,10 +172,7 @@ def key_tile(problem: Problem, tile: tuple[int, int], ticket: Int32) -> KeyTile:
     # Past seqlen_k, k is 0 and p may be inf: without a mask, dq would get inf * 0.
     if first + tile_n > seqlen_k:
         blocks = blocks._replace(full_end=Int32(0))
-    # ptxas computed them again for every head, and kept what it takes: 12 bytes of spills at d=64,
-    # and 22 to 25 instructions more per unmasked tile.
-    blocks = BlockRange(*(cute.arch.make_warp_uniform(x) for x in blocks))
-    return KeyTile(n_block=n_block, kv_head=kv_head, batch=batch, blocks=blocks)
+    return blocks
 
 
 def resident(fragment: cute.Tensor, stage: Int32) -> cute.Tensor:
@@ -231,6 +254,29 @@ def _load_keys(atom: cute.CopyAtom, gmem: cute.Tensor, smem: cute.Tensor, place:
 
 
 @cute.jit
+def zero_gradients(
+    gradients: tuple[cute.Tensor, cute.Tensor],
+    problem: Problem,
+    tile: KeyTile,
+    tile_n: cutlass.Constexpr,
+):
+    """dk and dv (rows, dim, head, batch) of a key tile are 0. Called by one warp."""
+    for gradient in gradients:
+        dim = cute.size(gradient, mode=[1])
+        vector = 128 // gradient.element_type.width
+        zeros = cute.make_rmem_tensor(vector, gradient.element_type)
+        zeros.fill(0.0)
+        rows = cutlass.min(tile_n, problem.seqlen_k - tile.n_block * tile_n)
+        array = gradient[None, None, tile.kv_head, tile.batch]
+        for i in cutlass.range(cute.arch.lane_idx(), rows * (dim // vector), 32, unroll=1):
+            row, column = i // (dim // vector), i % (dim // vector)
+            place = (tile.n_block * tile_n + row, column * vector)
+            target = cute.domain_offset(place, array).iterator
+            target = cute.make_tensor(target.align(16), cute.make_layout(vector))
+            cute.autovec_copy(zeros, target)
+
+
+@cute.jit
 def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and what guards them
     atoms: Operands,
     gmem: Operands,
@@ -238,6 +284,7 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
     producers: tuple,
     statistics: tuple[Statistics, Statistics],
     problem: Problem,
+    gradients: tuple[cute.Tensor, cute.Tensor],
     scores_ahead: cutlass.Constexpr,
 ):
     """Of every key tile, for every visited query tile of every head: q with lse_log2 and intervals,
@@ -248,6 +295,9 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
     the next has been acquired, else it is waited for.
 
     With `scores_ahead` one more q and k at the end: scores are always issued one visit ahead.
+    `gradients`, dk and dv, of tiles that visit nothing are zero, and written here: others are told
+    only of tiles that they have something to do for. (With `scores_ahead` they wait for the next
+    visit's q before they are done with a tile, and mustn't have to be told of anything first.)
     `statistics` are those in global memory and their (tile_m, stages) in shared memory. Called by
     one warp.
 
@@ -290,7 +340,20 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
                         _load_keys(*of_k, place, (k_stage, q_slot))
         if blocks.end > blocks.begin:
             k_stage, v_stage = next_stage(k_stage, smem.k), next_stage(v_stage, smem.v)
-        ticket = announce(problem.order, ticket, reserved)
+        else:
+            zero_gradients(gradients, problem, tile, tile_mn[1])
+        following = claim(problem.order, ticket, reserved)
+        if const_expr(isinstance(problem.order, TileQueue)):
+            unvisited = following < last
+            while unvisited:
+                tile = key_tile(problem, tile_mn, following)
+                unvisited = tile.blocks.end == tile.blocks.begin
+                if unvisited:
+                    zero_gradients(gradients, problem, tile, tile_mn[1])
+                    following = claim(problem.order, ticket, reserve(problem.order))
+                    unvisited = following < last
+        announce(problem.order, ticket, following)
+        ticket = following
     if const_expr(scores_ahead):
         of_q, _ = _tiles_of_head(atoms, gmem, smem, statistics, Int32(0), Int32(0))
         q_slot = q_producer.acquire_and_advance()

@@ -12,8 +12,8 @@ Every role of a CTA goes through the same tickets, one per tile:
         ...
         ticket = next_ticket(order, ticket)
 
-But the role that loads, which is ahead of the others, calls `reserve` when it begins a tile and
-ends with `ticket = announce(order, ticket, reserved)`.
+But the role that loads, which is ahead of the others, decides: it calls `reserve` when it begins a
+tile, and ends with `claim` and `announce`. A ticket that it doesn't announce is its own.
 
 `TileOrder` is fixed before the launch, without atomics, for blocks of which the later ones are
 longer (a causal band) or all are alike. Its tickets are rounds. Where all are alike, head after
@@ -210,20 +210,25 @@ def reserve(order: TileOrder | TileQueue) -> Int32:
 
 
 @cute.jit
-def announce(order: TileOrder | TileQueue, ticket: Int32, reserved: Int32) -> Int32:
-    """The ticket after this one, for the warp that loads: tells the others. Waits until they have
-    taken notice of the one announced two before."""
+def claim(order: TileOrder | TileQueue, ticket: Int32, reserved: Int32) -> Int32:
+    """The ticket after this one, for the warp that loads."""
     if const_expr(isinstance(order, TileQueue)):
-        tile = order.ctas + cute.arch.shuffle_sync(reserved, 0)
-        slot, phase = ticket % RING, ticket // RING % 2
-        cute.arch.mbarrier_wait(order.empty + slot, 1 - phase)
-        with cute.arch.elect_one():
-            order.ring[slot] = tile
-            cute.arch.mbarrier_arrive(order.full + slot)
-        following = _ticket(tile, ticket)
+        following = _ticket(order.ctas + cute.arch.shuffle_sync(reserved, 0), ticket)
     else:
         following = ticket + 1
     return following
+
+
+@cute.jit
+def announce(order: TileOrder | TileQueue, ticket: Int32, following: Int32):
+    """Tell the others what follows this ticket, when they have taken notice of the one announced
+    two before."""
+    if const_expr(isinstance(order, TileQueue)):
+        slot, phase = ticket % RING, ticket // RING % 2
+        cute.arch.mbarrier_wait(order.empty + slot, 1 - phase)
+        with cute.arch.elect_one():
+            order.ring[slot] = following // 4
+            cute.arch.mbarrier_arrive(order.full + slot)
 
 
 def _ticket(tile: Int32, before: Int32) -> Int32:

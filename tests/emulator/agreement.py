@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from fa4_jax._variants import FEATURED, VARIANTS, Arch, Feature, Kernel, Variant, kernel_key
+from fa4_jax._variants import VARIANTS, Arch, Feature, Kernel, Variant, feature_set, kernel_key
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -143,7 +143,7 @@ def emulate(variant: Variant, case: Case) -> list[np.ndarray]:
     intervals = Intervals.of(case.seen) if variant.features else None
 
     def run(kernel: Kernel, *arrays, **keywords) -> list[np.ndarray]:
-        features = variant.features if kernel in FEATURED else ()
+        features = feature_set(kernel, variant.features)
         key = kernel_key(kernel, variant.dtype, (variant.head_dim, variant.head_dim_v), features)
         row = rows[key]
         values = {s.name: scalars[s.name] for s in row.signature.attributes}
@@ -152,9 +152,9 @@ def emulate(variant: Variant, case: Case) -> list[np.ndarray]:
 
     no_sinks = np.zeros((0, case.heads), np.float32)
     sinks = no_sinks if case.sinks is None else np.tile(case.sinks, (case.batch, 1))
-    out, lse = run(Kernel.forward, q, k, v, sinks)
+    out, lse, *_ = run(Kernel.forward, q, k, v, sinks)
     dpsum, lse_log2, dq_accum = run(Kernel.backward_preprocess, out, dout, lse, dlse)
-    dk, dv, dq_accum = run(Kernel.backward, q, k, v, dout, lse_log2, dpsum, dq_accum)
+    dk, dv, dq_accum, *_ = run(Kernel.backward, q, k, v, dout, lse_log2, dpsum, dq_accum)
     (dq,) = run(Kernel.backward_postprocess, dq_accum, free={"T": length})
     return [out, lse, dq, dk, dv]
 
