@@ -417,11 +417,12 @@ class BackwardSm90:
         tile = key_tile(problem, tile_mn, ticket)
         while ticket < last:
             blocks = tile.blocks
-            dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
-            dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
-            dk.fill(0.0)
-            dv.fill(0.0)
+            following, following_tile = ticket, tile
             if blocks.end > blocks.begin:
+                dk = make_accumulator(mma.dk, (self.tile_n, self.head_dim))
+                dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
+                dk.fill(0.0)
+                dv.fill(0.0)
                 next_k_stage = next_stage(k_stage, s_k)
                 k_tile, v_tile = resident(f_k, k_stage), resident(f_v, v_stage)
                 k_t_tile = resident(f_k_t, k_stage)
@@ -495,16 +496,18 @@ class BackwardSm90:
                             warpgroup.wait_group(0)
                             q_slot.release()
                 k_stage, v_stage = next_k_stage, next_stage(v_stage, s_v)
-            ticket = next_ticket(problem.order, ticket)
-            # Decoded here, the next tile's loops don't wait for it.
-            following = key_tile(problem, tile_mn, cutlass.min(ticket, last - 1))
-            if blocks.end > blocks.begin:
+                following = next_ticket(problem.order, ticket)
+                # Decoded here, the next tile's loops don't wait for it.
+                following_tile = key_tile(problem, tile_mn, cutlass.min(following, last - 1))
                 dk.store(dk.load() * problem.scalars.softmax_scale)
                 row = tile.n_block * self.tile_n + coords.row
                 for gradient, array in ((dk, stores.dk), (dv, stores.dv)):
                     array = array[None, None, tile.kv_head, tile.batch]
                     accumulator_to_gmem(rows_and_columns(gradient), thread, array, row)
-            tile = following
+            else:
+                following = next_ticket(problem.order, ticket)
+                following_tile = key_tile(problem, tile_mn, cutlass.min(following, last - 1))
+            ticket, tile = following, following_tile
         if const_expr(self.scores_ahead):
             q_consumer.release()
 
