@@ -52,22 +52,22 @@ def python(code: str, *flags: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_import_needs_no_jax_and_costs_little() -> None:
+def test_import_needs_no_jax_and_the_first_use_little_more() -> None:
     code = """
-        import sys, time
-        start = time.perf_counter()
+        import sys
         import fa4_jax, fa4_jax._variants
         assert "jax" not in sys.modules and "numpy" not in sys.modules
-        lazy = time.perf_counter() - start
         import jax
-        start = time.perf_counter()
+        before = set(sys.modules)
         fa4_jax.flash_attention
-        print(lazy, time.perf_counter() - start)
+        new = {name.partition(".")[0] for name in set(sys.modules) - before}
+        print(sorted(new - set(sys.stdlib_module_names)))
+        # An import that asks for devices fixes the platform before the user can choose it.
+        assert not jax._src.xla_bridge.backends_are_initialized()
     """
-    # The best of three: the bound is on the work, not on a busy machine.
-    runs = [python(code) for _ in range(3)]
-    assert all(run.returncode == 0 for run in runs), runs[0].stderr
-    assert min(sum(map(float, run.stdout.split())) for run in runs) < 0.3
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    assert set(ast.literal_eval(run.stdout)) <= {"fa4_jax", "jax", "jaxlib", "ml_dtypes", "numpy"}
 
 
 def test_import_without_site_packages_reads_the_table() -> None:
