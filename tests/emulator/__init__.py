@@ -24,16 +24,13 @@ What it is not
 * It executes PTX, not machine code: what ptxas does (spills, contraction of mul and add, wgmma
   serialisation, encodings it refuses) isn't seen. There is no time: no bank conflicts, no
   occupancy.
-* Numbers: products and sums of an MMA are float32 (the tensor core's own order and rounding within
-one
-  instruction differ in the last bits), approximate functions are NumPy's. Never compare bits with
-  hardware.
+* Numbers: wgmma's sums are an H200's, as far as measured (`tensor_core`); exponentials and
+  logarithms nearly (`mufu`), reciprocals are rounded to nearest. So nearly all 16-bit results equal
+  the hardware's, not all (docs/emulator/README.md). tcgen05's sums are NumPy's, in float32.
 * Memory is sequentially consistent. Not looked at: `tcgen05.fence`, fences between generic
-accesses,
-  `.relaxed` where `.release` or `.acquire` is needed, races between the lanes of a warp.
-* The happens-before check sees one schedule's operations, at 4 bytes of shared memory and at 32
-lanes by
-  one column of tensor memory. A 2-byte write makes its 4-byte cell written.
+  accesses, `.relaxed` where `.release` or `.acquire` is needed, races between the lanes of a warp.
+* The happens-before check sees one schedule's operations, at 4 bytes of shared memory and at
+  32 lanes by one column of tensor memory. A 2-byte write makes its 4-byte cell written.
 * Clusters of a launch run one after another, launches too: a CTA that waits for a later one through
   global memory ends as `Livelock`, and `griddepcontrol` changes nothing. Every pair of conflicting
   accesses to global memory by two clusters is a race, because nothing here synchronises them.
