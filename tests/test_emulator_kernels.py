@@ -53,8 +53,6 @@ class Case:
     """Of batch entry 0; the other entries have them in another order."""
     broken: tuple[tuple[int, int], ...] = ()
     """(batch, row) pairs."""
-    schedules: tuple[str, ...] = SCHEDULES
-    """Beside the eager one."""
 
     @property
     def band(self) -> tuple[int, int]:
@@ -152,8 +150,7 @@ PERSISTENT_CASES = {
     # Before, between and after tiles that visit something, such as don't.
     "keys_without_queries": Case(2, 128, 400, (2, 2), {"window_size": (40, 10)}, num_sms=3),
 }
-# Few, because there are 48 rows with intervals, so each combines much, and one runs in every
-# schedule: 11 minutes of a core for 22.
+# Few, because there are 48 rows with intervals, so each combines much.
 INTERVAL_CASES = {
     # One sequence without queries, one without keys, padding; no tile that every row sees all of.
     "packed": IntervalCase(
@@ -161,7 +158,6 @@ INTERVAL_CASES = {
         softcap=50.0,
         head_sinks=(0.5, -np.inf),
         packing=((0, 50, 50, 205, 230, 260), (0, 50, 60, 215, 215, 245)),
-        schedules=(),
     ),
     # Whole tiles that need no mask; queries beyond a length; logits up to 20 times the cap.
     "lengths": IntervalCase(
@@ -175,9 +171,8 @@ INTERVAL_CASES = {
         family="rising_row_maximum",
         softcap=15.0,
         head_sinks=(30.0,),
-        schedules=(),
     ),
-    "broken_row": IntervalCase(*(2, 70, 90, (1, 1)), softcap=3.0, broken=((1, 65),), schedules=()),
+    "broken_row": IntervalCase(*(2, 70, 90, (1, 1)), softcap=3.0, broken=((1, 65),)),
 }
 
 
@@ -231,11 +226,11 @@ def softcap_of(variant: Variant, case: Case) -> float | None:
 
 
 def assert_same_in_every_schedule(
-    row, case: Case, results, *arguments, sums: tuple[int, ...] = (), **keywords
+    row, results, *arguments, sums: tuple[int, ...] = (), **keywords
 ) -> None:
-    """The results of the case's other schedules are those of the eager one; `sums` up to the order
-    of additions."""
-    for schedule in case.schedules:
+    """The results of the other schedules are those of the eager one; `sums` up to the order of
+    additions."""
+    for schedule in SCHEDULES:
         others = row(*arguments, schedule=schedule, **keywords)[: len(results)]
         for index, (result, other) in enumerate(zip(results, others, strict=True)):
             if index in sums:
@@ -272,7 +267,7 @@ def check_forward(emulated, variant: Variant, case: Case) -> None:
         magnitude = softcap_of(variant, case) or 0 if name == "lse" else 0
         verdicts += judge(name, *triple, magnitude)
     assert not failures(verdicts), failures(verdicts)
-    assert_same_in_every_schedule(row, case, results, arguments, values)
+    assert_same_in_every_schedule(row, results, arguments, values)
 
 
 def oracle_of(variant: Variant, case: Case) -> Oracle:
@@ -327,7 +322,7 @@ def test_backward_preprocess(emulated, variant: Variant, case: Case) -> None:
     assert (lse_log2[~finite] == np.inf).all()
     np.testing.assert_allclose(lse_log2[finite], expected[finite], 3e-7, 1e-7)
     assert (dq_accum == 0).all()
-    assert_same_in_every_schedule(row, case, results, (out, dout, lse, dlse), {})
+    assert_same_in_every_schedule(row, results, (out, dout, lse, dlse), {})
 
 
 @persistent_cases
@@ -367,7 +362,7 @@ def check_backward(emulated, variant: Variant, case: Case) -> None:
         verdicts += judge(name, *triple)
     assert not failures(verdicts), failures(verdicts)
     sums = () if Feature.deterministic in variant.features else (2,)
-    assert_same_in_every_schedule(row, case, results, arguments, values, sums=sums)
+    assert_same_in_every_schedule(row, results, arguments, values, sums=sums)
 
 
 def workspaces(variant: Variant, case: Case, out, lse, dout, dlse) -> tuple[np.ndarray, ...]:
@@ -431,7 +426,7 @@ def test_backward_postprocess(emulated, variant: Variant, case: Case) -> None:
     (dq,) = row((dq_accum,), values, check=True, free={"T": case.seqlen_q})
     kept = dq_accum[:, :, : case.seqlen_q, accumulator_places(variant)].transpose(0, 2, 1, 3)
     assert (np.asarray(kept * np.float32(0.3)).astype(dq.dtype) == dq).all()
-    assert_same_in_every_schedule(row, case, [dq], (dq_accum,), values, free={"T": case.seqlen_q})
+    assert_same_in_every_schedule(row, [dq], (dq_accum,), values, free={"T": case.seqlen_q})
 
 
 THROUGH_THE_PRIMITIVES = {

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FFI library: verification before loading, checks of every call, loading, launching.
 
-The C++ runs on the CPU platform, against a fake CUDA runtime (`fake_library`).
+The C++ runs on the CPU platform, against a fake CUDA runtime (`fake_library`). Long because every
+check of a call has its malformed call here, 67 of them, beside the error that it gets.
 """
 
 import concurrent.futures

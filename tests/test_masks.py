@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals, segments, lengths, packed sequences and sinks, against masks written out in full."""
+"""Intervals, segments, lengths, packed sequences and sinks, against masks written out in full.
+
+Long because all of them become one interval, and share the masks and the oracle they are compared
+with: values, leaks, transformations and meshes of each.
+"""
 
 from __future__ import annotations
 
