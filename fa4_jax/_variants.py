@@ -410,9 +410,9 @@ _FORWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
     64: _rows(192, 128, 2, Epilogue.own),
     96: _rows(128, 128, 2, Epilogue.own),
     128: _rows(128, 128, 2, Epilogue.own),
-    (192, 128): _rows(128, 128, 1, Epilogue.over_q),
-    192: _rows(128, 112, 1, Epilogue.over_q),
-    256: _rows(128, 80, 1, Epilogue.over_q),
+    (192, 128): _rows(128, 128, 1, Epilogue.registers),
+    192: _rows(128, 112, 1, Epilogue.registers),
+    256: _rows(128, 80, 1, Epilogue.registers),
 }
 
 _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {

@@ -91,6 +91,8 @@ from kernels.common.softmax import (
 TURN = 1
 # Rows of an accumulator that one warp holds, and stores.
 WARP_ROWS = 16
+# A consumer warpgroup's.
+GROUP_ROWS = 64
 
 
 class Tma(NamedTuple):
@@ -186,7 +188,7 @@ class ForwardSm90:
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
         self.q_stages, self.epilogue = variant.tiles.q_stages, variant.tiles.epilogue
-        assert self.tile_m == 64 * self.warpgroups, "a consumer warpgroup owns 64 query rows"
+        assert self.tile_m == GROUP_ROWS * self.warpgroups, "a consumer warpgroup owns 64 query rows"
         assert self.epilogue is not Epilogue.over_q or (
             self.head_dim_v <= self.head_dim and self.q_stages == 1
         ), "out takes q's place"
@@ -341,21 +343,35 @@ class ForwardSm90:
         """The tile of a ticket."""
         m_block, head_of_all = place_of(problem.order, ticket)
         batch, head = divmod(head_of_all, problem.heads)
-        first = m_block * self.tile_m
-        keys = (problem.seqlen_k, self.tile_n)
-        if const_expr(self.has_intervals):
-            ranges = problem.intervals.key_range[batch, None, None]
-            blocks = blocks_of_ranges(ranges, first, self.tile_m, *keys)
-        else:
-            last = cutlass.min(first + self.tile_m, problem.seqlen_q) - 1
-            blocks = visible_blocks(first, last, *problem.band, *keys)
         return Tile(
             m_block=m_block,
             head=head,
             kv_head=head // problem.group,
             batch=batch,
-            blocks=blocks,
+            blocks=self.blocks(problem, batch, m_block * self.tile_m, self.tile_m),
         )
+
+    @cute.jit
+    def blocks(
+        self, problem: Problem, batch: Int32, first: Int32, rows: cutlass.Constexpr
+    ) -> BlockRange:
+        """The key tiles that `rows` queries from `first` on see."""
+        keys = (problem.seqlen_k, self.tile_n)
+        if const_expr(self.has_intervals):
+            ranges = problem.intervals.key_range[batch, None, None]
+            blocks = blocks_of_ranges(ranges, first, rows, *keys)
+        else:
+            last = cutlass.min(first + rows, problem.seqlen_q) - 1
+            blocks = visible_blocks(first, last, *problem.band, *keys)
+        return blocks
+
+    @cute.jit
+    def own_blocks(self, problem: Problem, tile: Tile, group: Int32) -> BlockRange:
+        """Those of the tile's that the rows of a warpgroup see."""
+        first = tile.m_block * self.tile_m + group * GROUP_ROWS
+        blocks = self.blocks(problem, tile.batch, first, GROUP_ROWS).within(tile.blocks)
+        begin = blocks.begin if first < problem.seqlen_q else blocks.end
+        return blocks._replace(begin=begin)
 
     @cute.jit
     def load(self, tma: Tma, smem: Smem, producers: tuple, problem: Problem):
@@ -437,7 +453,7 @@ class ForwardSm90:
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
             tile = self.tile(problem, ticket)
-            blocks = tile.blocks
+            blocks = self.own_blocks(problem, tile, group)
             acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
             acc.fill(0.0)
             acc_rows = rows_and_columns(acc)
@@ -445,6 +461,8 @@ class ForwardSm90:
             seen = self.seen(coords, tile, problem)
             q_slot = q_consumer.wait_and_advance()
 
+            missed = tile.blocks.end - blocks.end
+            k_consumer, v_consumer = self.sit_out(missed, group, k_consumer, v_consumer)
             if blocks.end > blocks.begin:
                 q_tile = stage(f_q, q_slot)
                 scores = make_accumulator(mma.scores, tile_mn)
@@ -486,6 +504,8 @@ class ForwardSm90:
                 issue_gemm(mma.out, acc, p_operand, stage(f_v, v_slot), zero=False)
                 warpgroup.wait_group(0)
                 v_slot.release()
+            missed = blocks.begin - tile.blocks.begin
+            k_consumer, v_consumer = self.sit_out(missed, group, k_consumer, v_consumer)
 
             if const_expr(self.epilogue is not Epilogue.over_q):
                 q_slot.release()
@@ -505,6 +525,18 @@ class ForwardSm90:
             ticket = next_ticket(problem.order, ticket)
         self.last_turn(group)
         tma_store_wait()
+
+    @cute.jit
+    def sit_out(self, tiles: Int32, group: Int32, k_consumer, v_consumer):
+        """Let key tiles pass that the tile visits and this warpgroup's rows don't see, in turn."""
+        for _ in cutlass.range(tiles, unroll=1):
+            k_slot = k_consumer.wait_and_advance()
+            self.wait_turn(group)
+            self.pass_turn(group)
+            k_slot.release()
+            v_slot = v_consumer.wait_and_advance()
+            v_slot.release()
+        return k_consumer, v_consumer
 
     @cute.jit
     def cap(self, scores: cute.Tensor, problem: Problem):

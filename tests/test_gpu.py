@@ -424,7 +424,15 @@ def raw(target: Target, change: Callable[[dict], None]) -> None:
     (kernel, features), row = target, first_row()
     register()
     dims = {"B": 2, "T": 64, "S": 96, "N": 4, "K": 2, "D": row.head_dim, "V": row.head_dim_v}
-    dims |= {"R": 128, "E": row.head_dim, "M": 1, "J": round_up(96, BLOCK) // BLOCK, "W": 4, "Z": 2}
+    dims |= {
+        "R": 128,
+        "E": row.head_dim,
+        "M": 1,
+        "J": round_up(96, BLOCK) // BLOCK,
+        "W": 4,
+        "Z": 2,
+        "U": 1,
+    }
     expected = signature(kernel, features)
 
     def struct(buffer) -> jax.ShapeDtypeStruct:

@@ -30,6 +30,12 @@ class BlockRange(NamedTuple):
         """Whether some element of tile `block` is outside the band or past the end."""
         return (block < self.full_begin) | (block >= self.full_end)
 
+    def within(self, other: "BlockRange") -> "BlockRange":
+        """Those that `other` has, too; if none, an empty range inside it."""
+        begin = cutlass.max(other.begin, cutlass.min(self.begin, other.end))
+        end = cutlass.max(begin, cutlass.min(self.end, other.end))
+        return self._replace(begin=begin, end=end)
+
     def segments(self, end: Int32) -> tuple[tuple[Int32, Int32, bool], ...]:
         """[begin, end) as (first, end, masked) runs, ascending; some may be empty.
 
@@ -54,7 +60,8 @@ def block_range(
     def clamp(x: Int32) -> Int32:
         return cutlass.max(0, cutlass.min(x, length))
 
-    begin = clamp(widest[0]) // tile
+    # Not of the clamped element: what begins past the last tile doesn't visit it.
+    begin = cutlass.min(cutlass.max(0, widest[0]) // tile, cute.ceil_div(length, tile))
     end = cute.ceil_div(clamp(widest[1]), tile)
     return BlockRange(
         begin=begin,
