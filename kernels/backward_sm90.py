@@ -34,7 +34,8 @@ are computed already.
     load --[v]--> compute             with a key tile's first dout, `v_stages` deep
     compute --[dS]--> compute         q's stages: a warpgroup may write the next dS while the other
                                       still multiplies by this one
-    compute --[dq]--> store_dq        one slab per warpgroup, named barriers
+    compute --[dq]--> store_dq        one slab per warpgroup, named barriers; announced when the
+                                      next visit's MMAs are in flight
 """
 
 import functools
@@ -439,6 +440,9 @@ class BackwardSm90:
                             dout_slot = dout_consumer.wait_and_advance()
                             f_dout_m = stage(f_dout, dout_slot)
                             issue_gemm(mma.scores, dp, v_tile, f_dout_m, zero=True)
+                            # Of the visit before: its fence waits for stores that queue behind the
+                            # MMAs' reads, so better here than before these MMAs.
+                            self.announce_dq(group)
                             warpgroup.wait_group(1)
                             lse_log2 = s_lse[None, None, q_slot.index]
                             dpsum = s_dpsum[None, None, dout_slot.index]
@@ -492,7 +496,7 @@ class BackwardSm90:
                                 warpgroup.wait_group(2)
                                 dout_slot.release()
                             warpgroup.wait_group(1)
-                            self.hand_over_dq(dq, s_dq, group)
+                            self.write_dq(dq, s_dq, group)
                             warpgroup.wait_group(0)
                             q_slot.release()
                 k_stage, v_stage = next_k_stage, next_stage(v_stage, s_v)
@@ -510,21 +514,33 @@ class BackwardSm90:
             ticket, tile = following, following_tile
         if const_expr(self.scores_ahead):
             q_consumer.release()
+        self.announce_dq(group)
 
     @cute.jit
-    def hand_over_dq(self, dq: cute.Tensor, s_dq: SlabPairs, group: Int32):
-        """This warpgroup's slab of dq, to the store warp."""
-        threads = WARPGROUP + 32
-        cute.arch.barrier(barrier_id=DQ_EMPTY + group, number_of_threads=threads)
+    def write_dq(self, dq: cute.Tensor, s_dq: SlabPairs, group: Int32):
+        """This warpgroup's slab of dq, for the store warp; `announce_dq` comes later."""
+        cute.arch.barrier(barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32)
         store_pairs(rows_and_columns(dq), s_dq)
+
+    @cute.jit
+    def announce_dq(self, group: Int32):
+        """Tell the store warp that this warpgroup's slab is written; the first time, that nothing
+        is."""
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=threads)
+        cute.arch.barrier_arrive(barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32)
+
+    @cute.jit
+    def wait_for_dq(self, group: cutlass.Constexpr):
+        """Wait for a warpgroup's `announce_dq`."""
+        cute.arch.barrier(barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32)
 
     @cute.jit
     def store_dq(self, stores: Stores, smem: Smem, problem: Problem):
         """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
         handed back."""
         tile_mn = (self.tile_m, self.tile_n)
+        for group in cutlass.range_constexpr(self.warpgroups):
+            self.wait_for_dq(group)  # the first time there is nothing to store
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
             tile = key_tile(problem, tile_mn, ticket)
@@ -550,9 +566,7 @@ class BackwardSm90:
                         turn = wait_for_turn(turn, m)
                     for group in cutlass.range_constexpr(self.warpgroups):
                         row, column = group // self.dq_atoms[1], group % self.dq_atoms[1]
-                        cute.arch.barrier(
-                            barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32
-                        )
+                        self.wait_for_dq(group)
                         # Unlike a TMA store, the reduction elects its lane itself (seen in the
                         # PTX).
                         m_slab = m * self.dq_atoms[0] + row
