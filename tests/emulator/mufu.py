@@ -15,9 +15,9 @@ c0 + c1 x + c2 x^2 of its remaining bits x is cut off. The products are exact, t
   within 1.1 % of 1, all that is known is a lower bound of the error, 127 units in the last place,
   and its sign: both hold here.
 
-Assumed: other exponents are alike; exp2 is 1 between -2^-23 and 0; log2 has 36 fractional bits,
-which shows next to 1 alone. So it is in a description of NVIDIA's unit of 2006 (envytools,
-nvhw/sfu.c), which has the same numbers otherwise.
+Assumed: other exponents are alike; log2 has 36 fractional bits, which shows next to 1 alone; exp2
+is 1 between -2^-23 and 0. The first two are so in a description of NVIDIA's unit of ten years
+before (envytools, nvhw/sfu.c), whose coefficients and constants are these.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INFINITY = 0xFF << FRACTION_BITS
 BIAS = 127
 SQUARE_BITS = 15
 
-# (c0, |c1|, |c2|) of each interval, 26, 16 and 10 bits.
+# (c0, |c1|, |c2|) of each interval: 26, 16 and 10 bits.
 # fmt: off
 _EXP2 = [
     (0x2000000, 0x58B9, 0x1EE), (0x2059347, 0x59B0, 0x1F5), (0x20B361B, 0x5AAA, 0x1FA),
@@ -139,7 +139,7 @@ _LOG2 = [
 def _coefficients(
     rows: list[tuple[int, int, int]], shift: int, rounding: int, slope: int, curvature: int
 ) -> Coefficients:
-    """c0 aligned with the products, the constant that is added before the cut included; c1 and c2
+    """c0 aligned with the products, and with the constant that is added before the cut; c1 and c2
     with their signs."""
     c0, c1, c2 = np.array(rows, np.int64).T
     return (c0 << shift) + rounding, slope * c1, curvature * c2
@@ -165,7 +165,7 @@ _SQUARES = _squares()
 
 
 def _interpolate(fraction: Array, low_bits: int, coefficients: Coefficients) -> Array:
-    """The sum before the cut, with 15 bits more than `FRACTION_BITS`."""
+    """The sum before the cut, with 15 bits more than a significand."""
     c0, c1, c2 = coefficients
     interval = fraction >> low_bits
     x = fraction & ((1 << low_bits) - 1)
@@ -199,6 +199,7 @@ def rcp(x: Array) -> Array:
     bits = x.view(np.int32).astype(np.int64)
     significand = _interpolate(bits & FRACTION, 16, _RCP_COEFFICIENTS) >> SQUARE_BITS
     exponent = BIAS - ((bits >> FRACTION_BITS) & 0xFF)
+    # As in `exp2`; and 1 / m of m in [1, 2) is in (1 / 2, 1].
     inverse = _floats(((exponent + BIAS - 2) << FRACTION_BITS) + significand)
     inverse = np.where(exponent == BIAS, np.float32(np.inf), inverse)
     return np.where(np.isnan(x), x, np.copysign(inverse, x))
