@@ -24,9 +24,9 @@ What it is not
 * It executes PTX, not machine code: what ptxas does (spills, contraction of mul and add, wgmma
   serialisation, encodings it refuses) isn't seen. There is no time: no bank conflicts, no
   occupancy.
-* Numbers: wgmma's sums are an H200's, as far as measured (`tensor_core`); exponentials and
-  logarithms nearly (`mufu`), reciprocals are rounded to nearest. So nearly all 16-bit results equal
-  the hardware's, not all (docs/emulator/README.md). tcgen05's sums are NumPy's, in float32.
+* Numbers: wgmma's sums and the approximate exponentials, logarithms and reciprocals are an H200's,
+  as far as measured (`tensor_core`, `mufu`). So nearly all 16-bit results equal the hardware's
+  (docs/emulator/README.md). tcgen05's sums and the other approximate functions are NumPy's.
 * Memory is sequentially consistent: a missing fence, release or acquire never changes a value. The
   happens-before check knows those of scope `.gpu` and `.sys` on global memory. Not looked at:
   narrower ones (`.relaxed` where `.release` or `.acquire` is needed at an mbarrier, a strong access

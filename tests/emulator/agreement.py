@@ -5,9 +5,9 @@
     python -m tests.emulator.agreement check PATH     on a GPU: run the kernels, compare
 
 A training step's four launches for every dtype, head dim and set of features of sm_90a, so that the
-backward's inputs carry whatever the forward's differences were. The two may differ where the
-hardware's exp2, log2 and reciprocal are approximate and where its MMA adds in another order; both
-show as the last bit of a few results.
+backward's inputs carry whatever the forward's differences were. Where the hardware adds in another
+order than `tensor_core` or approximates otherwise than `mufu`, the last bit of a few results shows
+it.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Case:
         return self.sharpness / math.sqrt(variant.head_dim)
 
 
-# By head dim (of q). None of these inputs was in sight when the arithmetic of `tensor_core` and
-# `mufu` was completed. Every lse stays below 16, where 2e-6 is two units in the last place: peaked
-# rows get a smaller scale for that.
+# By head dim (of q). The arithmetic of `tensor_core` and `mufu` was found without these inputs.
+# Every lse stays below 16, where 2e-6 is two units in the last place: peaked rows get a smaller
+# scale for that.
 CASES = {
     64: (
         Case(2, 200, 4, 2, True),

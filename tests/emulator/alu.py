@@ -2,8 +2,8 @@
 """Arithmetic of one warp: functions that translated blocks call, on arrays of 32 lanes.
 
 Numbers are right to the last bit where the PTX ISA defines them so (rounding modes, fma,
-conversions); the `.approx` functions are NumPy's, within the ISA's error bounds but not the
-hardware's own bits.
+conversions); ex2, lg2 and rcp are an H200's own (`mufu`), the other `.approx` functions NumPy's,
+within the ISA's error bounds.
 """
 
 from __future__ import annotations
@@ -101,17 +101,28 @@ def fma_directed(a: Array, b: Array, c: Array, rounding: str) -> Array:
 
 
 def ex2(x: Array, ftz: bool) -> Array:
-    """`ex2.approx`."""
-    return flush(mufu.exp2(flush(x))) if ftz else mufu.exp2(x)
+    """`ex2.approx`; without its flush, the square of the half's where a subnormal may result."""
+    if ftz:
+        return mufu.exp2(x)
+    return np.where(x < -126, mufu.exp2(x / f32(2)) ** 2, mufu.exp2(x))
 
 
 def lg2(x: Array, ftz: bool) -> Array:
-    """`lg2.approx`."""
-    return mufu.log2(flush(x) if ftz else x)
+    """`lg2.approx`; without its flush, subnormal numbers are scaled."""
+    if ftz:
+        return mufu.log2(x)
+    small = np.abs(x) < SMALLEST_NORMAL
+    scaled = mufu.log2(np.where(small, x * f32(2**24), x))
+    return np.where(small, scaled - f32(24), scaled)
 
 
 def rcp(x: Array, ftz: bool) -> Array:
-    """`rcp.approx` and, without its flush, the correctly rounded `rcp.rn`."""
+    """`rcp.approx`; without its flush correctly rounded."""
+    return mufu.rcp(x) if ftz else rcp_rn(x, False)
+
+
+def rcp_rn(x: Array, ftz: bool) -> Array:
+    """`rcp.rn`."""
     return flush(f32(1) / flush(x)) if ftz else f32(1) / x
 
 

@@ -143,7 +143,7 @@ def trigonometric(e: Emitter, op: Instruction, m: Modifiers) -> None:
 @instruction("rcp.rn{ftz=.ftz}.f32", "sqrt.rn{ftz=.ftz}.f32", unit=Unit.mufu)
 def rounded_function(e: Emitter, op: Instruction, m: Modifiers) -> None:
     """Correctly rounded; a sequence of instructions on the hardware."""
-    function = op.opcode.partition(".")[0]
+    function = "rcp_rn" if op.opcode.startswith("rcp") else "sqrt"
     value = e.lanes(op.operands[1], "f32")
     e.define(op.operands[0], "f32", f"{function}({value}, {bool(m['ftz'])})")
 

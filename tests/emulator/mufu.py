@@ -2,7 +2,22 @@
 """Hopper's approximate functions (the MUFU unit), as an H200 computes them.
 
 PTX gives error bounds only, and the last bit of an exponential decides how a 16-bit probability is
-rounded. This is what an H200 returned for all 2^23 fractions and 3 million other arguments.
+rounded. These are the unit's own bits. Subnormal numbers are zeros to it, as with `.ftz`.
+
+It is a quadratic interpolator in fixed point (Oberman and Siu, "A High-Performance Area-Efficient
+Multifunction Interpolator", 2005): the leading bits of a fraction select c0, c1 and c2, and
+c0 + c1 x + c2 x^2 of its remaining bits x is cut off. The products are exact, the square isn't
+(`_squares`). In each interval just one triple of integers fits everything measured:
+
+* exp2 of all numbers in [1, 2), of -i / 2^23 and of -i / 2^18 below 1 and 8: 18,874,368, all equal.
+* rcp of all numbers in [1, 2): 8,388,608, all equal.
+* log2 of all numbers in [0.5, 1), [1, 2) and [8, 16): 25,104,615, all equal. Of the other 61,209,
+  within 1.1 % of 1, all that is known is a lower bound of the error, 127 units in the last place,
+  and its sign: both hold here.
+
+Assumed: other exponents are alike; log2 has 36 fractional bits, which shows next to 1 alone; exp2
+is 1 between -2^-23 and 0. The first two are so in a description of NVIDIA's unit of ten years
+before (envytools, nvhw/sfu.c), whose coefficients and constants are these.
 """
 
 from __future__ import annotations
@@ -10,111 +25,198 @@ from __future__ import annotations
 import numpy as np
 
 Array = np.ndarray
+Coefficients = tuple[Array, Array, Array]
 
-# 2^u * 2^23 for u in [i / 64, (i + 1) / 64), rounded down: a quadratic in the position in the
-# interval, fitted to the measured values. 98.1 % of all 2^23 are equal, the others neighbours.
-_EXP2 = np.array(
-    [
-        # fmt: off
-        (8388608.91, 90851.98, 494.00),
-        (8479954.66, 91839.98, 501.00),
-        (8572295.66, 92839.98, 506.00),
-        (8665641.41, 93851.98, 511.00),
-        (8760004.66, 94871.99, 518.00),
-        (8855394.41, 95907.98, 521.00),
-        (8951823.16, 96951.98, 527.00),
-        (9049302.41, 98007.98, 531.99),
-        (9147843.16, 99071.98, 541.00),
-        (9247456.41, 100151.99, 545.99),
-        (9348154.16, 101243.97, 551.00),
-        (9449949.41, 102343.98, 559.00),
-        (9552852.41, 103459.98, 564.00),
-        (9656876.16, 104587.98, 568.01),
-        (9762032.91, 105723.98, 577.00),
-        (9868334.41, 106875.98, 582.99),
-        (9975793.41, 108039.98, 589.00),
-        (10084422.65, 109215.99, 595.99),
-        (10194234.41, 110407.98, 600.00),
-        (10305242.66, 111607.98, 609.00),
-        (10417459.16, 112823.98, 615.00),
-        (10530898.15, 114051.98, 622.00),
-        (10645571.65, 115295.98, 627.00),
-        (10761494.40, 116551.99, 632.99),
-        (10878679.41, 117819.97, 641.00),
-        (10997140.40, 119103.98, 646.99),
-        (11116891.40, 120399.97, 655.00),
-        (11237946.65, 121711.98, 661.00),
-        (11360319.65, 123035.97, 670.00),
-        (11484025.40, 124375.97, 677.00),
-        (11609078.65, 125727.97, 686.01),
-        (11735492.90, 127099.98, 691.00),
-        (11863283.90, 128483.97, 699.00),
-        (11992466.90, 129883.99, 704.98),
-        (12123056.40, 131295.99, 714.99),
-        (12255067.40, 132727.98, 720.99),
-        (12388516.40, 134171.97, 730.00),
-        (12523418.65, 135631.97, 739.00),
-        (12659789.90, 137107.98, 748.00),
-        (12797645.65, 138603.96, 753.01),
-        (12937002.90, 140111.97, 763.00),
-        (13077877.65, 141635.97, 773.00),
-        (13220286.65, 143179.97, 779.00),
-        (13364245.90, 144739.97, 787.00),
-        (13509772.90, 146315.97, 796.00),
-        (13656884.65, 147907.97, 806.00),
-        (13805598.40, 149519.96, 813.01),
-        (13955931.40, 151147.96, 822.00),
-        (14107901.90, 152791.96, 833.01),
-        (14261526.64, 154455.97, 842.00),
-        (14416824.39, 156139.97, 849.00),
-        (14573813.64, 157839.97, 858.00),
-        (14732512.14, 159555.97, 870.00),
-        (14892938.64, 161295.97, 877.00),
-        (15055111.89, 163051.96, 887.00),
-        (15219051.39, 164827.97, 896.00),
-        (15384776.14, 166619.97, 909.00),
-        (15552305.14, 168435.96, 917.01),
-        (15721658.64, 170271.97, 925.00),
-        (15892856.14, 172123.96, 938.00),
-        (16065918.14, 173999.96, 946.00),
-        (16240864.64, 175891.96, 959.00),
-        (16417715.89, 177807.96, 969.00),
-        (16596493.14, 179743.96, 980.00),
-        # fmt: on
-    ]
-)
-_FRACTION_BITS = 23
-_INTERVAL_BITS = 6
-# Measured logarithms of [1, 2) are 3.7e-8 too large on average (at most 1.5e-7), after a rounding
-# toward zero that takes 1.9e-8 off.
-_LOG2_BIAS = 5.6e-8
+FRACTION_BITS = 23
+FRACTION = (1 << FRACTION_BITS) - 1
+SMALLEST_NORMAL = 1 << FRACTION_BITS
+INFINITY = 0xFF << FRACTION_BITS
+BIAS = 127
+SQUARE_BITS = 15
+
+# (c0, |c1|, |c2|) of each interval: 26, 16 and 10 bits.
+# fmt: off
+_EXP2 = [
+    (0x2000000, 0x58B9, 0x1EE), (0x2059347, 0x59B0, 0x1F5), (0x20B361B, 0x5AAA, 0x1FA),
+    (0x210E8A2, 0x5BA7, 0x1FF), (0x216AB0F, 0x5CA6, 0x206), (0x21C7D86, 0x5DA9, 0x209),
+    (0x2226039, 0x5EAE, 0x20F), (0x2285356, 0x5FB6, 0x214), (0x22E5709, 0x60C0, 0x21D),
+    (0x2346B7E, 0x61CE, 0x222), (0x23A90E5, 0x62DF, 0x227), (0x240C772, 0x63F2, 0x22F),
+    (0x2470F4E, 0x6509, 0x234), (0x24D68AD, 0x6623, 0x238), (0x253D3C0, 0x673F, 0x241),
+    (0x25A50B6, 0x685F, 0x247), (0x260DFC2, 0x6982, 0x24D), (0x2678117, 0x6AA8, 0x254),
+    (0x26E34E6, 0x6BD2, 0x258), (0x274FB67, 0x6CFE, 0x261), (0x27BD4C9, 0x6E2E, 0x267),
+    (0x282C145, 0x6F61, 0x26E), (0x289C10B, 0x7098, 0x273), (0x290D456, 0x71D2, 0x279),
+    (0x297FB5A, 0x730F, 0x281), (0x29F364E, 0x7450, 0x287), (0x2A6856A, 0x7594, 0x28F),
+    (0x2ADE8E7, 0x76DC, 0x295), (0x2B560FB, 0x7827, 0x29E), (0x2BCEDE2, 0x7976, 0x2A5),
+    (0x2C48FD7, 0x7AC8, 0x2AE), (0x2CC4710, 0x7C1F, 0x2B3), (0x2D413CC, 0x7D79, 0x2BB),
+    (0x2DBF648, 0x7ED7, 0x2C1), (0x2E3EEBE, 0x8038, 0x2CB), (0x2EBFD6A, 0x819E, 0x2D1),
+    (0x2F4228E, 0x8307, 0x2DA), (0x2FC5E67, 0x8474, 0x2E3), (0x304B134, 0x85E5, 0x2EC),
+    (0x30D1B33, 0x875B, 0x2F1), (0x3159CA8, 0x88D4, 0x2FB), (0x31E35D3, 0x8A51, 0x305),
+    (0x326E6F7, 0x8BD3, 0x30B), (0x32FB054, 0x8D59, 0x313), (0x3389230, 0x8EE3, 0x31C),
+    (0x3418CCF, 0x9071, 0x326), (0x34AA076, 0x9204, 0x32D), (0x353CD6A, 0x939B, 0x336),
+    (0x35D13F4, 0x9536, 0x341), (0x3667457, 0x96D6, 0x34A), (0x36FEEDE, 0x987B, 0x351),
+    (0x37983D3, 0x9A24, 0x35A), (0x383337D, 0x9BD1, 0x366), (0x38CFE27, 0x9D84, 0x36D),
+    (0x396E41C, 0x9F3B, 0x377), (0x3A0E5AA, 0xA0F7, 0x380), (0x3AB031D, 0xA2B7, 0x38D),
+    (0x3B53CC1, 0xA47D, 0x395), (0x3BF92E7, 0xA648, 0x39D), (0x3CA05DD, 0xA817, 0x3AA),
+    (0x3D495F5, 0xA9EC, 0x3B2), (0x3DF437F, 0xABC5, 0x3BF), (0x3EA0ECC, 0xADA4, 0x3C9),
+    (0x3F4F831, 0xAF88, 0x3D4),
+]
+# fmt: on
+# fmt: off
+_RCP = [
+    (0x3FFFFFE, 0xFFFE, 0x3F5), (0x3F80FE0, 0xFC0A, 0x3DD), (0x3F03F04, 0xF82D, 0x3C6),
+    (0x3E88CB3, 0xF467, 0x3B1), (0x3E0F83C, 0xF0B6, 0x39B), (0x3D980F6, 0xED1B, 0x386),
+    (0x3D22636, 0xE995, 0x373), (0x3CAE758, 0xE622, 0x35F), (0x3C3C3C2, 0xE2C3, 0x34D),
+    (0x3BCBADC, 0xDF77, 0x33B), (0x3B5CC0F, 0xDC3D, 0x329), (0x3AEF6C9, 0xD914, 0x317),
+    (0x3A83A83, 0xD5FD, 0x306), (0x3A196B2, 0xD2F7, 0x2F6), (0x39B0AD1, 0xD001, 0x2E6),
+    (0x3949660, 0xCD1B, 0x2D7), (0x38E38E3, 0xCA44, 0x2C7), (0x387F1E0, 0xC77C, 0x2B8),
+    (0x381C0E0, 0xC4C3, 0x2AA), (0x37BA570, 0xC218, 0x29D), (0x3759F21, 0xBF7B, 0x290),
+    (0x36FAD87, 0xBCEB, 0x282), (0x369D035, 0xBA69, 0x277), (0x36406C8, 0xB7F3, 0x26A),
+    (0x35E50D7, 0xB589, 0x25D), (0x358AE04, 0xB32C, 0x252), (0x3531DEC, 0xB0DA, 0x246),
+    (0x34DA034, 0xAE94, 0x23C), (0x3483484, 0xAC59, 0x231), (0x342DA7F, 0xAA28, 0x225),
+    (0x33D91D3, 0xA803, 0x21C), (0x3385A29, 0xA5E7, 0x211), (0x3333333, 0xA3D6, 0x207),
+    (0x32E1C9F, 0xA1CF, 0x1FE), (0x329161E, 0x9FD1, 0x1F5), (0x3241F69, 0x9DDC, 0x1EA),
+    (0x31F3831, 0x9BF1, 0x1E2), (0x31A6032, 0x9A0F, 0x1DA), (0x3159722, 0x9835, 0x1D1),
+    (0x310DCBF, 0x9664, 0x1C9), (0x30C30C3, 0x949B, 0x1C1), (0x30792EF, 0x92DA, 0x1B9),
+    (0x3030303, 0x9121, 0x1B1), (0x2FE80C0, 0x8F70, 0x1AA), (0x2FA0BE8, 0x8DC6, 0x1A2),
+    (0x2F5A441, 0x8C24, 0x19C), (0x2F14990, 0x8A88, 0x193), (0x2ECFB9C, 0x88F4, 0x18D),
+    (0x2E8BA2F, 0x8767, 0x186), (0x2E4850F, 0x85E0, 0x17F), (0x2E05C0A, 0x8460, 0x179),
+    (0x2DC3EEE, 0x82E7, 0x173), (0x2D82D83, 0x8174, 0x16E), (0x2D4279A, 0x8006, 0x166),
+    (0x2D02D02, 0x7E9F, 0x161), (0x2CC3D8C, 0x7D3E, 0x15C), (0x2C8590B, 0x7BE2, 0x155),
+    (0x2C47F50, 0x7A8D, 0x151), (0x2C0B02C, 0x793C, 0x14B), (0x2BCEB76, 0x77F1, 0x146),
+    (0x2B93105, 0x76AB, 0x140), (0x2B580AE, 0x756B, 0x13C), (0x2B1DA47, 0x742F, 0x136),
+    (0x2AE3DA7, 0x72F8, 0x131), (0x2AAAAAA, 0x71C7, 0x12E), (0x2A7212A, 0x709A, 0x129),
+    (0x2A3A0FE, 0x6F71, 0x123), (0x2A02A02, 0x6E4D, 0x11F), (0x29CBC15, 0x6D2E, 0x11B),
+    (0x2995710, 0x6C13, 0x117), (0x295FAD4, 0x6AFC, 0x112), (0x292A73D, 0x69EA, 0x10F),
+    (0x28F5C29, 0x68DB, 0x10A), (0x28C1979, 0x67D1, 0x107), (0x288DF0C, 0x66CA, 0x102),
+    (0x285ACC4, 0x65C8, 0x100), (0x2828283, 0x64C9, 0x0FB), (0x27F6028, 0x63CE, 0x0F8),
+    (0x27C4598, 0x62D6, 0x0F3), (0x27932B4, 0x61E2, 0x0F0), (0x2762762, 0x60F2, 0x0ED),
+    (0x2732386, 0x6005, 0x0E9), (0x2702703, 0x5F1C, 0x0E7), (0x26D31BF, 0x5E35, 0x0E2),
+    (0x26A439F, 0x5D52, 0x0DF), (0x2675C8B, 0x5C73, 0x0DE), (0x2647C69, 0x5B96, 0x0DA),
+    (0x261A320, 0x5ABC, 0x0D6), (0x25ED098, 0x59E6, 0x0D4), (0x25C04B9, 0x5912, 0x0D0),
+    (0x2593F69, 0x5841, 0x0CD), (0x2568096, 0x5774, 0x0CC), (0x253C825, 0x56A8, 0x0C7),
+    (0x2511602, 0x55E0, 0x0C5), (0x24E6A17, 0x551B, 0x0C4), (0x24BC44E, 0x5458, 0x0C1),
+    (0x2492492, 0x5397, 0x0BD), (0x2468ACF, 0x52D9, 0x0BA), (0x243F6F1, 0x521E, 0x0B8),
+    (0x24168E1, 0x5165, 0x0B6), (0x23EE090, 0x50AF, 0x0B4), (0x23C5DE7, 0x4FFB, 0x0B2),
+    (0x239E0D5, 0x4F49, 0x0AF), (0x2376948, 0x4E9A, 0x0AD), (0x234F72C, 0x4DED, 0x0AB),
+    (0x2328A6F, 0x4D42, 0x0A9), (0x2302302, 0x4C99, 0x0A6), (0x22DC0D1, 0x4BF3, 0x0A5),
+    (0x22B63CC, 0x4B4E, 0x0A1), (0x2290BE2, 0x4AAC, 0x0A0), (0x226B902, 0x4A0C, 0x09F),
+    (0x2246B1D, 0x496D, 0x09B), (0x2222222, 0x48D1, 0x09A), (0x21FDE02, 0x4837, 0x099),
+    (0x21D9EAD, 0x479E, 0x096), (0x21B6416, 0x4708, 0x095), (0x2192E2A, 0x4673, 0x093),
+    (0x216FCDD, 0x45E0, 0x091), (0x214D022, 0x454F, 0x08F), (0x212A7E6, 0x44C0, 0x08F),
+    (0x2108421, 0x4432, 0x08C), (0x20E64C2, 0x43A6, 0x08A), (0x20C49BB, 0x431C, 0x089),
+    (0x20A32FF, 0x4293, 0x087), (0x2082082, 0x420C, 0x085), (0x2061237, 0x4187, 0x084),
+    (0x204080F, 0x4103, 0x083), (0x2020201, 0x4081, 0x082),
+]
+# fmt: on
+# fmt: off
+_LOG2 = [
+    (0x0000004, 0xB8A8, 0x2D7), (0x016E797, 0xB5D1, 0x2C1), (0x02D75AD, 0xB310, 0x2AD),
+    (0x043ACE7, 0xB064, 0x299), (0x0598FE2, 0xADCC, 0x286), (0x06F210F, 0xAB47, 0x273),
+    (0x08462C9, 0xA8D5, 0x262), (0x0995750, 0xA674, 0x250), (0x0AE00D8, 0xA424, 0x240),
+    (0x0C26162, 0xA1E4, 0x22F), (0x0D67AF5, 0x9FB4, 0x220), (0x0EA4F76, 0x9D93, 0x212),
+    (0x0FDE0B9, 0x9B81, 0x206), (0x111307C, 0x997C, 0x1F8), (0x124407C, 0x9784, 0x1EB),
+    (0x1371251, 0x9599, 0x1DF), (0x149A786, 0x93BA, 0x1D2), (0x15C01A8, 0x91E7, 0x1C7),
+    (0x16E2222, 0x9020, 0x1BD), (0x1800A59, 0x8E63, 0x1B1), (0x191BBAC, 0x8CB2, 0x1A9),
+    (0x1A33760, 0x8B0A, 0x19E), (0x1B47EBE, 0x896C, 0x194), (0x1C592FB, 0x87D8, 0x18C),
+    (0x1D6753F, 0x864C, 0x181), (0x1E726AA, 0x84CA, 0x179), (0x1F7A857, 0x8350, 0x170),
+    (0x207FB52, 0x81DF, 0x169), (0x218209F, 0x8076, 0x162), (0x2281942, 0x7F14, 0x15A),
+    (0x237E627, 0x7DBA, 0x153), (0x247883B, 0x7C67, 0x14B), (0x257006A, 0x7B1C, 0x146),
+    (0x2664F8D, 0x79D7, 0x13F), (0x2757682, 0x7898, 0x137), (0x2847614, 0x7761, 0x133),
+    (0x2934F0D, 0x762F, 0x12C), (0x2A20233, 0x7503, 0x125), (0x2B0904A, 0x73DE, 0x121),
+    (0x2BEFA00, 0x72BE, 0x11B), (0x2CD4011, 0x71A3, 0x114), (0x2DB632E, 0x708E, 0x10F),
+    (0x2E963FD, 0x6F7E, 0x10A), (0x2F7431D, 0x6E74, 0x106), (0x305013A, 0x6D6E, 0x101),
+    (0x3129EEE, 0x6C6D, 0x0FD), (0x3201CC6, 0x6B71, 0x0F9), (0x32D7B5D, 0x6A79, 0x0F4),
+    (0x33ABB41, 0x6985, 0x0EE), (0x347DD00, 0x6896, 0x0EA), (0x354E121, 0x67AC, 0x0E8),
+    (0x361C823, 0x66C5, 0x0E3), (0x36E9293, 0x65E2, 0x0DF), (0x37B40E4, 0x6503, 0x0DB),
+    (0x387D398, 0x6428, 0x0D8), (0x3944B1E, 0x6350, 0x0D3), (0x3A0A7EC, 0x627D, 0x0D1),
+    (0x3ACEA7A, 0x61AC, 0x0CC), (0x3B91337, 0x60DF, 0x0C9), (0x3C52285, 0x6016, 0x0C7),
+    (0x3D118DA, 0x5F4F, 0x0C3), (0x3DCF690, 0x5E8C, 0x0C0), (0x3E8BC12, 0x5DCC, 0x0BD),
+    (0x3F469C1, 0x5D0F, 0x0BA),
+]
+# fmt: on
+
+
+def _coefficients(
+    rows: list[tuple[int, int, int]], shift: int, rounding: int, slope: int, curvature: int
+) -> Coefficients:
+    """c0 aligned with the products, and with the constant that is added before the cut; c1 and c2
+    with their signs."""
+    c0, c1, c2 = np.array(rows, np.int64).T
+    return (c0 << shift) + rounding, slope * c1, curvature * c2
+
+
+def _squares() -> Array:
+    """x^2 / 2^15 of all 15-bit x: the sum of the partial products' bits that are worth 1 or more.
+
+    x^2 is the sum, over the bits b of x that are set, of 4^b + 2^(b + 1) * (the bits above b).
+    """
+    x = np.arange(1 << SQUARE_BITS)
+    total = np.zeros_like(x)
+    for bit in range(SQUARE_BITS):
+        product = ((x >> (bit + 1)) << (2 * bit + 2)) + (1 << (2 * bit))
+        total += np.where((x >> bit) & 1, product >> SQUARE_BITS, 0)
+    return total
+
+
+_EXP2_COEFFICIENTS = _coefficients(_EXP2, 13, 0x77E2, 1, 1)
+_RCP_COEFFICIENTS = _coefficients(_RCP, 13, 0x47E7, -1, 1)
+_LOG2_COEFFICIENTS = _coefficients(_LOG2, 12, 0x3345, 1, -2)
+_SQUARES = _squares()
+
+
+def _interpolate(fraction: Array, low_bits: int, coefficients: Coefficients) -> Array:
+    """The sum before the cut, with 15 bits more than a significand."""
+    c0, c1, c2 = coefficients
+    interval = fraction >> low_bits
+    x = fraction & ((1 << low_bits) - 1)
+    return c0[interval] + c1[interval] * x + c2[interval] * _SQUARES[x >> (low_bits - SQUARE_BITS)]
+
+
+def _floats(bits: Array) -> Array:
+    """The float32s of these bits; of less than the smallest normal number's 0."""
+    bits = np.where(bits < SMALLEST_NORMAL, 0, np.minimum(bits, INFINITY))
+    return bits.astype(np.int32).view(np.float32)
 
 
 def exp2(x: Array) -> Array:
-    """`ex2.approx.f32` of float32.
+    """`ex2.approx.ftz.f32` of float32.
 
-    The argument becomes a fixed-point number with 23 fractional bits, cut off toward zero, and a
-    negative one its ones' complement: 3 million arguments fit, 8 didn't.
+    The argument becomes a fixed-point number with 23 fractional bits, cut off toward zero. If those
+    aren't all 0, a negative one becomes its ones' complement: one unit less.
     """
-    wide = np.nan_to_num(np.clip(x, -200, 200).astype(np.float64))
-    fixed = np.trunc(np.abs(wide) * 2**_FRACTION_BITS).astype(np.int64)
-    fixed = np.where(wide < 0, -fixed - 1, fixed)
-    fraction = fixed & (2**_FRACTION_BITS - 1)
-    low_bits = _FRACTION_BITS - _INTERVAL_BITS
-    a, b, c = np.moveaxis(_EXP2[fraction >> low_bits], -1, 0)
-    position = (fraction & (2**low_bits - 1)) / 2**low_bits
-    mantissa = np.floor(a + position * (b + position * c))
-    with np.errstate(over="ignore"):
-        power = np.ldexp(mantissa, (fixed >> _FRACTION_BITS) - _FRACTION_BITS).astype(np.float32)
+    inside = np.fmax(np.fmin(x, np.float32(BIAS + 1)), np.float32(-BIAS - 1))
+    fixed = (inside * np.float32(1 << FRACTION_BITS)).astype(np.int64)
+    fixed -= (fixed < 0) & (fixed & FRACTION != 0)
+    significand = _interpolate(fixed & FRACTION, 17, _EXP2_COEFFICIENTS) >> SQUARE_BITS
+    exponent = fixed >> FRACTION_BITS
+    # The significand's leading bit adds 1 to the exponent.
+    power = _floats(((exponent + BIAS - 1) << FRACTION_BITS) + significand)
     return np.where(np.isnan(x), x, power)
 
 
+def rcp(x: Array) -> Array:
+    """`rcp.approx.ftz.f32` of float32."""
+    bits = x.view(np.int32).astype(np.int64)
+    significand = _interpolate(bits & FRACTION, 16, _RCP_COEFFICIENTS) >> SQUARE_BITS
+    exponent = BIAS - ((bits >> FRACTION_BITS) & 0xFF)
+    # As in `exp2`; and 1 / m of m in [1, 2) is in (1 / 2, 1].
+    inverse = _floats(((exponent + BIAS - 2) << FRACTION_BITS) + significand)
+    inverse = np.where(exponent == BIAS, np.float32(np.inf), inverse)
+    return np.where(np.isnan(x), x, np.copysign(inverse, x))
+
+
 def log2(x: Array) -> Array:
-    """`lg2.approx.f32` of float32: cut off toward zero. 87 to 92 % of log-sum-exps equal an H200's;
-    rounded to nearest, 75 to 85 %."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        exact = np.log2(x.astype(np.float64))
-    biased = np.where(np.isfinite(exact) & (exact != 0), exact + _LOG2_BIAS, exact)
-    nearest = biased.astype(np.float32)
-    too_far = np.abs(nearest) > np.abs(biased)
-    return np.where(too_far, np.nextafter(nearest, np.float32(0)), nearest).astype(np.float32)
+    """`lg2.approx.ftz.f32` of float32: a fixed-point number with 36 fractional bits. Of a negative
+    one the ones' complement is taken, so that log2(1 / 2) isn't -1. Then it is cut off."""
+    bits = x.view(np.int32).astype(np.int64)
+    fixed = _interpolate(bits & FRACTION, 17, _LOG2_COEFFICIENTS) >> 2
+    fixed += ((bits >> FRACTION_BITS) - BIAS) << 36
+    magnitude = (fixed ^ (fixed >> 63)).astype(np.float64)
+    magnitude = (magnitude.view(np.int64) & -(1 << 29)).view(np.float64) * 2.0**-36
+    result = np.copysign(magnitude, fixed).astype(np.float32)
+    ordinary = (bits >= SMALLEST_NORMAL) & (bits < INFINITY) & (x != 1)
+    if ordinary.all():
+        return result
+    special = np.where(x == 1, np.float32(0), np.where(x > 0, x, np.float32(np.nan)))
+    special = np.where(bits & INFINITY == 0, np.float32(-np.inf), special)
+    return np.where(ordinary, result, special)
