@@ -330,6 +330,8 @@ class BackwardSm90:
                     atoms, coordinates, smem.operands, producers, rows, problem, grads, ahead
                 )
             if warp_idx == 1:
+                for group in cutlass.range_constexpr(self.warpgroups):
+                    self.wait_for_dq(group)  # the first time there is nothing to store
                 self.store_dq(stores, smem, problem)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
@@ -539,8 +541,6 @@ class BackwardSm90:
         """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
         handed back."""
         tile_mn = (self.tile_m, self.tile_n)
-        for group in cutlass.range_constexpr(self.warpgroups):
-            self.wait_for_dq(group)  # the first time there is nothing to store
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
             tile = key_tile(problem, tile_mn, ticket)

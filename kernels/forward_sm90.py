@@ -188,7 +188,7 @@ class ForwardSm90:
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
         self.q_stages, self.epilogue = variant.tiles.q_stages, variant.tiles.epilogue
-        assert self.tile_m == GROUP_ROWS * self.warpgroups, "a consumer warpgroup owns 64 query rows"
+        assert self.tile_m == GROUP_ROWS * self.warpgroups, "a warpgroup owns 64 query rows"
         assert self.epilogue is not Epilogue.over_q or (
             self.head_dim_v <= self.head_dim and self.q_stages == 1
         ), "out takes q's place"
