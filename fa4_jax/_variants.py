@@ -286,8 +286,6 @@ class Tiles:
     """Backward: with two, the next key tile's k is loaded before this one is done."""
     v_stages: int = 0
     """Backward: with two, the next key tile's v is loaded before this one's last dp."""
-    scores_ahead: bool = False
-    """Backward: issue the next query tile's scores before this tile's dq and dk."""
     split: Split = Split.rows
     """What the consumer warpgroups divide; chooses the class that compiles the row."""
 
@@ -367,20 +365,20 @@ def grid(
         )
 
 
-def _by_products(tile_n: int, key_stages: int) -> Tiles:
+def _by_products(tile_n: int, k_stages: int, v_stages: int) -> Tiles:
     """A backward whose warpgroups divide the products."""
     return Tiles(
         tile_m=64,
         tile_n=tile_n,
         stages=2,
         mma_warpgroups=2,
-        k_stages=key_stages,
-        v_stages=key_stages,
+        k_stages=k_stages,
+        v_stages=v_stages,
         split=Split.products,
     )
 
 
-def _by_keys(tile_m: int, scores_ahead: bool) -> Tiles:
+def _by_keys(tile_m: int) -> Tiles:
     """A backward whose warpgroups divide the keys."""
     return Tiles(
         tile_m=tile_m,
@@ -389,7 +387,6 @@ def _by_keys(tile_m: int, scores_ahead: bool) -> Tiles:
         mma_warpgroups=2,
         k_stages=2,
         v_stages=1,
-        scores_ahead=scores_ahead,
     )
 
 
@@ -408,20 +405,20 @@ def _rows(tile_m: int, tile_n: int, q_stages: int, epilogue: Epilogue) -> Tiles:
 
 _FORWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
     64: _rows(192, 128, 2, Epilogue.own),
-    96: _rows(128, 128, 2, Epilogue.own),
+    96: _rows(128, 128, 2, Epilogue.registers),
     128: _rows(128, 128, 2, Epilogue.own),
     (192, 128): _rows(128, 128, 1, Epilogue.registers),
-    192: _rows(128, 112, 1, Epilogue.registers),
+    192: _rows(128, 96, 1, Epilogue.registers),
     256: _rows(128, 80, 1, Epilogue.registers),
 }
 
 _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
-    64: _by_keys(128, scores_ahead=True),
-    128: _by_keys(64, scores_ahead=False),
-    96: _by_products(128, key_stages=2),
-    (192, 128): _by_products(64, key_stages=2),
-    192: _by_products(64, key_stages=2),
-    256: _by_products(64, key_stages=1),
+    64: _by_keys(128),
+    128: _by_keys(64),
+    96: _by_products(128, k_stages=2, v_stages=2),
+    (192, 128): _by_products(64, k_stages=2, v_stages=1),
+    192: _by_products(64, k_stages=2, v_stages=2),
+    256: _by_products(64, k_stages=1, v_stages=1),
 }
 
 VARIANTS: tuple[Variant, ...] = (

@@ -11,12 +11,8 @@ memory for dq, the one product that reduces over keys, and dq is added to its fp
 the TMA unit (the only result whose summation order is not fixed, unless the row is deterministic:
 `dq_order`).
 
-With `Tiles.scores_ahead` the scores of the next visit are issued before dq and dk of this one, so
-that the exponentials don't wait for them.
-
 All rings run on from key tile to key tile, and dk and dv go from registers to global memory: while
-they are written, the next tile's k, v, q and dout arrive, and with `scores_ahead` its first scores
-are computed already.
+they are written, the next tile's k, v, q and dout arrive.
 
     p    = exp2(scale_log2 k q^T - lse_log2)     dv += p dout
     dp   = v dout^T
@@ -166,7 +162,6 @@ class BackwardSm90:
         self.has_intervals = Feature.interval in variant.features
         self.has_softcap = Feature.softcap in variant.features
         self.is_deterministic = Feature.deterministic in variant.features
-        self.scores_ahead = variant.tiles.scores_ahead
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
@@ -175,7 +170,6 @@ class BackwardSm90:
         self.k_stages, self.v_stages = variant.tiles.k_stages, variant.tiles.v_stages
         assert self.tile_n == 64 * self.warpgroups, "a warpgroup owns 64 keys"
         assert self.stages >= 2, "dS, too, is written before the last one has been read"
-        assert self.k_stages == 2 or not self.scores_ahead, "two key tiles' scores"
         assert self.dq_atoms[0] * self.dq_atoms[1] == self.warpgroups, (
             "a warpgroup computes one dq slab"
         )
@@ -324,11 +318,8 @@ class BackwardSm90:
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.registers.load)
             if warp_idx == 0:
-                rows, ahead = (statistics, smem.rows), self.scores_ahead
-                grads = (stores.dk, stores.dv)
-                load_operands(
-                    atoms, coordinates, smem.operands, producers, rows, problem, grads, ahead
-                )
+                rows, grads = (statistics, smem.rows), (stores.dk, stores.dv)
+                load_operands(atoms, coordinates, smem.operands, producers, rows, problem, grads)
             if warp_idx == 1:
                 for group in cutlass.range_constexpr(self.warpgroups):
                     self.wait_for_dq(group)  # the first time there is nothing to store
@@ -409,11 +400,6 @@ class BackwardSm90:
         )
         scale_log2 = problem.scalars.scale_log2()
         k_stage, v_stage = Int32(0), Int32(0)
-        scores = make_accumulator(mma.scores, tile_nm)
-        if const_expr(self.scores_ahead):
-            first_q = stage(f_q, q_consumer.wait())
-            issue_gemm(mma.scores, scores, resident(f_k, k_stage), first_q, zero=True)
-            warpgroup.wait_group(0)
 
         tile_mn = (self.tile_m, self.tile_n)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
@@ -426,19 +412,16 @@ class BackwardSm90:
                 dv = make_accumulator(mma.dv, (self.tile_n, self.head_dim_v))
                 dk.fill(0.0)
                 dv.fill(0.0)
-                next_k_stage = next_stage(k_stage, s_k)
                 k_tile, v_tile = resident(f_k, k_stage), resident(f_v, v_stage)
                 k_t_tile = resident(f_k_t, k_stage)
-                for h in cutlass.range(problem.group, unroll=1):
-                    last_m = blocks.end - 1 if h == problem.group - 1 else -1
+                for _ in cutlass.range(problem.group, unroll=1):
                     for first, end, masked in blocks.segments(blocks.end):
                         for m in cutlass.range(first, end, unroll=1):
+                            scores = make_accumulator(mma.scores, tile_nm)
                             dp = make_accumulator(mma.scores, tile_nm)
-                            q_slot = q_consumer.current_handle()
-                            if const_expr(not self.scores_ahead):
-                                q_consumer.wait_and_advance()
-                                f_q_m = stage(f_q, q_slot)
-                                issue_gemm(mma.scores, scores, k_tile, f_q_m, zero=True)
+                            q_slot = q_consumer.wait_and_advance()
+                            f_q_m = stage(f_q, q_slot)
+                            issue_gemm(mma.scores, scores, k_tile, f_q_m, zero=True)
                             dout_slot = dout_consumer.wait_and_advance()
                             f_dout_m = stage(f_dout, dout_slot)
                             issue_gemm(mma.scores, dp, v_tile, f_dout_m, zero=True)
@@ -475,33 +458,23 @@ class BackwardSm90:
                                 ds = to_16_bit(dp, self.dtype)
                             f_dout_m = stage(f_dout_t, dout_slot)
                             issue_gemm(mma.dv, dv, as_a_operand(p), f_dout_m, zero=False)
-                            if const_expr(self.scores_ahead):
-                                q_consumer.advance()
-                                f_q_m = stage(f_q, q_consumer.wait())
-                                next_k = resident(f_k, next_k_stage if m == last_m else k_stage)
-                                issue_gemm(mma.scores, scores, next_k, f_q_m, zero=True)
                             if const_expr(not self.has_softcap):
                                 store_matrices(ds, s_ds, q_slot.index, 0, self.tile_m)
                             cute.arch.fence_view_async_shared()
                             cute.arch.barrier(
                                 barrier_id=COMPUTE, number_of_threads=self.warpgroups * WARPGROUP
                             )
-                            if const_expr(self.scores_ahead):
-                                # Before dq is issued: p's registers are needed.
-                                warpgroup.wait_group(1)
-                                dout_slot.release()
                             dq = make_accumulator(mma.dq, (self.tile_m, self.head_dim))
                             issue_gemm(mma.dq, dq, stage(f_ds_t, q_slot), k_t_tile, zero=True)
                             f_q_m = stage(f_q_t, q_slot)
                             issue_gemm(mma.dk, dk, as_a_operand(ds), f_q_m, zero=False)
-                            if const_expr(not self.scores_ahead):
-                                warpgroup.wait_group(2)
-                                dout_slot.release()
+                            warpgroup.wait_group(2)
+                            dout_slot.release()
                             warpgroup.wait_group(1)
                             self.write_dq(dq, s_dq, group)
                             warpgroup.wait_group(0)
                             q_slot.release()
-                k_stage, v_stage = next_k_stage, next_stage(v_stage, s_v)
+                k_stage, v_stage = next_stage(k_stage, s_k), next_stage(v_stage, s_v)
                 following = next_ticket(problem.order, ticket)
                 # Decoded here, the next tile's loops don't wait for it.
                 following_tile = key_tile(problem, tile_mn, cutlass.min(following, last - 1))
@@ -514,8 +487,6 @@ class BackwardSm90:
                 following = next_ticket(problem.order, ticket)
                 following_tile = key_tile(problem, tile_mn, cutlass.min(following, last - 1))
             ticket, tile = following, following_tile
-        if const_expr(self.scores_ahead):
-            q_consumer.release()
         self.announce_dq(group)
 
     @cute.jit

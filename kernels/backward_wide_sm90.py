@@ -320,9 +320,7 @@ class BackwardWideSm90:
             if warp_idx == 0:
                 rows = (statistics, smem.rows)
                 grads = (results.dk, results.dv)
-                load_operands(
-                    *(atoms, coordinates, smem.operands, producers, rows, problem, grads), False
-                )
+                load_operands(atoms, coordinates, smem.operands, producers, rows, problem, grads)
             if const_expr(self.is_deterministic):
                 if warp_idx == 1:
                     self.order_additions(results.progress[0], problem)

@@ -285,7 +285,6 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
     statistics: tuple[Statistics, Statistics],
     problem: Problem,
     gradients: tuple[cute.Tensor, cute.Tensor],
-    scores_ahead: cutlass.Constexpr,
 ):
     """Of every key tile, for every visited query tile of every head: q with lse_log2 and intervals,
     and dout with dpsum. k comes with the first q, on its barrier, and v with the first dout.
@@ -294,10 +293,8 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
     its last dout has been: with two stages that holds for the one of the tile before when a slot of
     the next has been acquired, else it is waited for.
 
-    With `scores_ahead` one more q and k at the end: scores are always issued one visit ahead.
     `gradients`, dk and dv, of tiles that visit nothing are zero, and written here: others are told
-    only of tiles that they have something to do for. (With `scores_ahead` they wait for the next
-    visit's q before they are done with a tile, and mustn't have to be told of anything first.)
+    only of tiles that they have something to do for.
     `statistics` are those in global memory and their (tile_m, stages) in shared memory. Called by
     one warp.
 
@@ -354,12 +351,6 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
                     unvisited = following < last
         announce(problem.order, ticket, following)
         ticket = following
-    if const_expr(scores_ahead):
-        of_q, _ = _tiles_of_head(atoms, gmem, smem, statistics, Int32(0), Int32(0))
-        q_slot = q_producer.acquire_and_advance()
-        expect_more(q_slot, _stage_bytes(smem.k))
-        _load_queries(*of_q, Int32(0), q_slot)
-        _load_keys(*of_k, (0, 0, 0), (k_stage, q_slot))
     q_producer.tail()
     dout_producer.tail()
 
