@@ -43,11 +43,13 @@ class Case:
     """softmax_scale times sqrt(H)."""
     segments: tuple[int, ...] = ()
     """Lengths. With them, sinks; and in the rows that have one, a softcap of 5."""
+    deterministic: bool = False
 
     def __str__(self) -> str:
         family = "" if self.family == "normal" else f"-{self.family}"
         segments = "-segments" if self.segments else ""
-        return f"{self.length}-{'causal' if self.causal else 'full'}{family}{segments}"
+        order = "-deterministic" if self.deterministic else ""
+        return f"{self.length}-{'causal' if self.causal else 'full'}{family}{segments}{order}"
 
     @property
     def segment_ids(self) -> np.ndarray | None:
@@ -93,7 +95,10 @@ CASES = {
     256: (Case(1, 350, 2, 1, True),),
 }
 # Of every row with features.
-PACKED = (Case(1, 330, 2, 1, True, seed=3, segments=(70, 190, 1, 69)),)
+PACKED = tuple(
+    Case(1, 330, 2, 1, True, seed=3, segments=(70, 190, 1, 69), deterministic=deterministic)
+    for deterministic in (False, True)
+)
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 # What must agree: the share of equal bits, of at most one unit in the last place, the relative
 # Frobenius distance; and for lse the largest difference.
@@ -141,9 +146,10 @@ def emulate(variant: Variant, case: Case) -> list[np.ndarray]:
     }
 
     intervals = Intervals.of(case.seen) if variant.features else None
+    wanted = {*variant.features, *((Feature.deterministic,) if case.deterministic else ())}
 
     def run(kernel: Kernel, *arrays, **keywords) -> list[np.ndarray]:
-        features = feature_set(kernel, variant.features)
+        features = feature_set(kernel, wanted)
         key = kernel_key(kernel, variant.dtype, (variant.head_dim, variant.head_dim_v), features)
         row = rows[key]
         values = {s.name: scalars[s.name] for s in row.signature.attributes}
@@ -176,6 +182,7 @@ def on_gpu(variant: Variant, case: Case) -> list[np.ndarray]:
             kv_segment_ids=case.segment_ids,
             softcap=softcap(variant),
             sinks=case.sinks,
+            deterministic=case.deterministic,
             return_lse=True,
             implementation="fa4",
         )
@@ -208,7 +215,7 @@ def compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> tuple[str, bool]
     else:
         agrees = same >= SAME_BITS and close >= ONE_ULP and frobenius <= FROBENIUS
     verdict = "" if agrees else "  DISAGREES"
-    line = f"{name:34} {same:9.4%} {close:9.4%} {frobenius:9.1e} {largest:9.1e}{verdict}"
+    line = f"{name:52} {same:9.4%} {close:9.4%} {frobenius:9.1e} {largest:9.1e}{verdict}"
     return line, bool(agrees)
 
 
@@ -225,7 +232,7 @@ def write(path: str) -> None:
 def check(path: str) -> int:
     """Run every case on the GPU and compare; the exit status."""
     saved, agree = np.load(path), True
-    print(f"{'':34} {'same':>9} {'<= 1 ulp':>9} {'rel. Fro':>9} {'largest':>9}")
+    print(f"{'':52} {'same':>9} {'<= 1 ulp':>9} {'rel. Fro':>9} {'largest':>9}")
     for name, variant, case in cases():
         for result, value in zip(RESULTS, on_gpu(variant, case), strict=True):
             line, agrees = compare(f"{name}-{result}", value, saved[f"{name}-{result}"])
