@@ -112,13 +112,15 @@ def for_kernels(
     broken = kv_start == BROKEN
     start = jnp.clip(jnp.maximum(kv_start, row + band[0]), 0, seqlen_k)
     end = jnp.clip(jnp.minimum(kv_end, row + band[1] + 1), start, seqlen_k)
-    # The NaN of a broken row has to meet every key.
-    start, end = jnp.where(broken, 0, start), jnp.where(broken, seqlen_k, end)
     # A row without keys widens no block's interval, and is no part of one that sees all of a key.
+    # Nor does a broken row widen one: it is NaN whatever is visited for it, and the last bits of
+    # its neighbours depend on what is.
     empty = start == end
     first, last = jnp.where(empty, seqlen_k, start), jnp.where(empty, 0, end)
-    low_start, high_end = _of_blocks(first, jnp.min, seqlen_k), _of_blocks(last, jnp.max, 0)
-    high_start, low_end = _of_blocks(first, jnp.max, 0), _of_blocks(last, jnp.min, seqlen_k)
+    high_start = _of_blocks(jnp.where(broken, 0, first), jnp.max, 0)
+    low_end = _of_blocks(jnp.where(broken, seqlen_k, last), jnp.min, seqlen_k)
+    low_start = _of_blocks(jnp.where(broken, seqlen_k, first), jnp.min, seqlen_k)
+    high_end = _of_blocks(jnp.where(broken, 0, last), jnp.max, 0)
 
     key = jnp.arange(0, seqlen_k, BLOCK, dtype=jnp.int32)[:, None]
     key_end = jnp.minimum(key + BLOCK, seqlen_k)
@@ -131,7 +133,9 @@ def for_kernels(
     low_start_, high_end_, high_start_, low_end_ = (
         x[:, None] for x in (low_start, high_end, high_start, low_end)
     )
-    some = (low_start_ < key_end) & (high_end_ > key)
+    # But the NaN of a broken row has to meet every key.
+    spoiled = _of_blocks(broken, jnp.any, False)[:, None]
+    some = ((low_start_ < key_end) & (high_end_ > key)) | spoiled
     every = (high_start_ <= key) & (low_end_ >= key_end)
     # [B, J, 1] each. Of several runs of blocks that see all of a key's block, the first.
     begin, finish = first_of(some), jnp.where(some, queries + 1, 0).max(-1, keepdims=True)
@@ -144,7 +148,7 @@ def for_kernels(
 
     return KernelInterval(
         kv_start=rows(jnp.where(broken, BROKEN, start)),
-        kv_end=rows(end),
+        kv_end=rows(jnp.where(broken, seqlen_k, end)),
         key_range=jnp.stack((low_start, high_end, high_start, low_end), -1),
         query_range=BLOCK * jnp.concatenate((begin, finish, full_begin, full_end), -1),
     )

@@ -185,7 +185,8 @@ _SINKS = Buffer("sinks", "ZN", DType.f32)
 # row with kv_start = -1 has NaN for its out and lse.
 _INTERVAL = (Buffer("kv_start", "BR", DType.i32), Buffer("kv_end", "BR", DType.i32))
 # Of a block of queries: smallest kv_start, largest kv_end; largest kv_start, smallest kv_end. The
-# first two, and the last two, may also be of a wider, and a narrower, interval.
+# first two, and the last two, may also be of a wider, and a narrower, interval, and
+# broken rows count in neither.
 _KEY_RANGE = Buffer("key_range", "BMW", DType.i32)
 # Of a block of keys: queries [first, end) hold all that see one of them, and [full_first, full_end)
 # only such as see each of them. Multiples of `BLOCK`.

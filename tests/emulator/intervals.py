@@ -32,9 +32,10 @@ class Intervals:
     @classmethod
     def of(cls, seen: np.ndarray, broken: tuple[tuple[int, int], ...] = ()) -> Intervals:
         """Of `seen` [B, T, S], whose rows are runs. `broken`: (batch, row) pairs."""
-        seen = np.array(seen)
+        seen, of_queries = np.array(seen), np.array(seen)
         for batch, row in broken:
             seen[batch, row] = True  # its NaN has to meet every key
+            of_queries[batch, row] = False  # and is its own, whatever is visited for it
         batch, seqlen_q, seqlen_k = seen.shape
         start, end = seen.argmax(-1), seqlen_k - seen[:, :, ::-1].argmax(-1)
         empty = ~seen.any(-1)
@@ -47,7 +48,7 @@ class Intervals:
         return cls(
             np.pad(kv_start.reshape(start.shape), padding).astype(np.int32),
             np.pad(end, padding).astype(np.int32),
-            np.stack([_key_range(seen[b], start[b], end[b]) for b in range(batch)]),
+            np.stack([_key_range(of_queries[b], start[b], end[b]) for b in range(batch)]),
             np.stack([_query_range(seen[b]) for b in range(batch)]),
         )
 
