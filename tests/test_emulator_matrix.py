@@ -21,7 +21,7 @@ from emulator.errors import (
     RaceError,
 )
 from emulator.harness import program_of, run_body
-from emulator.launch import Configuration, Launch
+from emulator.launch import Configuration, Launch, Options
 from emulator.memory import GlobalMemory
 from emulator.schedule import Schedule
 
@@ -581,7 +581,7 @@ GO: bar.sync 0;
     raw = np.array([base, out.ctypes.data], np.uint64).tobytes()
     configuration = Configuration((1, 1, 1), (32, 1, 1), (1, 1, 1), 16384)
     schedule = Schedule.parse(options.get("schedule", "eager"))
-    Launch(program, configuration, raw, memory, schedule=schedule, check=True).run()
+    Launch(program, configuration, raw, memory, Options(schedule, check=True)).run()
     return out
 
 

@@ -11,13 +11,11 @@ c0 + c1 x + c2 x^2 of its remaining bits x is cut off. The products are exact, t
 
 * exp2 of all numbers in [1, 2), of -i / 2^23 and of -i / 2^18 below 1 and 8: 18,874,368, all equal.
 * rcp of all numbers in [1, 2): 8,388,608, all equal.
-* log2 of all numbers in [0.5, 1), [1, 2) and [8, 16): 25,104,615, all equal. Of the other 61,209,
-  within 1.1 % of 1, all that is known is a lower bound of the error, 127 units in the last place,
-  and its sign: both hold here.
+* log2 of all numbers in [0.5, 1), [1, 2) and [8, 16): 25,165,824, all equal.
 
-Assumed: other exponents are alike; log2 has 36 fractional bits, which shows next to 1 alone; exp2
-is 1 between -2^-23 and 0. The first two are so in a description of NVIDIA's unit of ten years
-before (envytools, nvhw/sfu.c), whose coefficients and constants are these.
+All three functions of 2^20 random bit patterns, and exp2 of 2,859 numbers next to 0, were measured
+afterwards: equal, too. A description of NVIDIA's unit of ten years before (envytools, nvhw/sfu.c)
+has these coefficients and constants.
 """
 
 from __future__ import annotations
