@@ -4,11 +4,12 @@ persistent.
 
 One CTA per multiprocessor computes query tiles one after another, in the order of
 `kernels.common.scheduler`. For each it visits the key tiles that its queries see, last to first,
-keeps an online softmax, and writes out and lse. Consumer warpgroups own 64 query rows each. Inside
-a warpgroup the scores of the next key tile are computed while the current probabilities multiply v;
-between warpgroups a named-barrier ring lets one do softmax while the other feeds the tensor cores.
-The ring and the pipelines run on from tile to tile: while a warpgroup writes its rows of out, the
-others compute and the next tile's q, k and v arrive.
+keeps an online softmax, and writes out and lse. Consumer warpgroups own 64 query rows each, and sit
+out the key tiles that none of these sees. Inside a warpgroup the scores of the next key tile are
+computed while the current probabilities multiply v; between warpgroups a named-barrier ring lets
+one do softmax while the other feeds the tensor cores. The ring and the pipelines run on from tile
+to tile: while a warpgroup writes its rows of out, the others compute and the next tile's q, k and v
+arrive.
 
     warps                   role      registers (2 / 3 consumer warpgroups)
     0                       load      24 / 32
