@@ -98,6 +98,8 @@ class IntervalCase(Case):
     """cu_seqlens of queries and keys."""
     lengths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """Of queries and keys, for each batch entry."""
+    bands: tuple[dict, ...] = ()
+    """A mask for each batch entry."""
 
     @property
     def seen(self) -> np.ndarray:
@@ -108,6 +110,11 @@ class IntervalCase(Case):
             names = ("query_seq_lengths", "key_value_seq_lengths")
             arrays = dict(zip(names, map(np.array, self.lengths), strict=True))
             return visible(*sizes, **BOTTOM_RIGHT, **arrays)
+        if self.bands:
+            shape = (1, 1, 1, *sizes)
+            return np.concatenate(
+                [np.broadcast_to(visible(*sizes, **band), shape) for band in self.bands]
+            )
         start, end = self.bounds()
         return visible(*sizes, kv_start=start, kv_end=end)
 
@@ -172,7 +179,9 @@ INTERVAL_CASES = {
         softcap=15.0,
         head_sinks=(30.0,),
     ),
-    "broken_row": IntervalCase(*(2, 70, 90, (1, 1)), softcap=3.0, broken=((1, 65),)),
+    "full_and_causal_top_left_with_a_broken_row": IntervalCase(
+        *(2, 70, 90, (1, 1)), softcap=3.0, bands=({}, {"causal": True}), broken=((1, 65),)
+    ),
 }
 
 
