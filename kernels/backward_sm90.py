@@ -20,8 +20,8 @@ they are written, the next tile's k, v, q and dout arrive.
 
     warps                   role      registers
     0                       load      24
-    1                       store_dq  24
-    2-3                     idle      24
+    1-2                     store_dq  24        one per slab; `Feature.deterministic`: 1 alone
+    3                       idle      24
     4-11                    compute   240       each warpgroup owns 64 of the 128 keys
 
     load --[q, lse_log2]--> compute   `stages` deep; with the queries' intervals, if they have any
@@ -56,7 +56,7 @@ from kernels.common.copy_sm90 import (
     tma_atom,
     tma_tiles,
 )
-from kernels.common.dq_order import DONE, pass_turn, turn_of, wait_for_turn
+from kernels.common.dq_order import DONE, later_tiles, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     Operands,
@@ -165,6 +165,10 @@ class BackwardSm90:
         self.warpgroups = variant.tiles.mma_warpgroups
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
+        # Whose dq one warp stores. If it were both, a warpgroup would wait for the other one,
+        # too (d=64: -1.4 %). Additions that have an order are announced together.
+        everybody = tuple(range(self.warpgroups))
+        self.stored_together = (everybody,) if self.is_deterministic else tuple(zip(everybody))
         # dq is tile_m x head_dim: warpgroups split its rows if there are enough, else its columns.
         self.dq_atoms = (self.tile_m // DQ_SLAB, self.head_dim // DQ_SLAB, 1)
         self.k_stages, self.v_stages = variant.tiles.k_stages, variant.tiles.v_stages
@@ -311,7 +315,8 @@ class BackwardSm90:
         producers, consumers = zip(*pipes, strict=True)
         if const_expr(self.has_intervals):
             places = (storage.tile_ring, storage.tile_barriers)
-            problem = problem._replace(order=open_queue(problem.order, *places, warps + 1))
+            followers = warps + len(self.stored_together)
+            problem = problem._replace(order=open_queue(problem.order, *places, followers))
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
 
@@ -320,10 +325,11 @@ class BackwardSm90:
             if warp_idx == 0:
                 rows, grads = (statistics, smem.rows), (stores.dk, stores.dv)
                 load_operands(atoms, coordinates, smem.operands, producers, rows, problem, grads)
-            if warp_idx == 1:
-                for group in cutlass.range_constexpr(self.warpgroups):
-                    self.wait_for_dq(group)  # the first time there is nothing to store
-                self.store_dq(stores, smem, problem)
+            for i, groups in enumerate(self.stored_together):
+                if warp_idx == 1 + i:
+                    for group in groups:
+                        self.wait_for_dq(group)  # the first time there is nothing to store
+                    self.store_dq(groups, stores, smem, problem)
         else:
             cute.arch.setmaxregister_increase(self.registers.consume)
             self.compute(thread - WARPGROUP, mma, smem, layouts, consumers, problem, stores)
@@ -508,8 +514,8 @@ class BackwardSm90:
         cute.arch.barrier(barrier_id=DQ_FULL + group, number_of_threads=WARPGROUP + 32)
 
     @cute.jit
-    def store_dq(self, stores: Stores, smem: Smem, problem: Problem):
-        """Add the warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
+    def store_dq(self, groups: cutlass.Constexpr, stores: Stores, smem: Smem, problem: Problem):
+        """Add these warpgroups' dq slabs to dq_accum. The reads of a slab must end before it is
         handed back."""
         tile_mn = (self.tile_m, self.tile_n)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
@@ -517,15 +523,17 @@ class BackwardSm90:
             tile = key_tile(problem, tile_mn, ticket)
             blocks = tile.blocks
             heads = problem.group if blocks.end > blocks.begin else 0
+            if const_expr(self.is_deterministic):
+                later = later_tiles(problem, tile_mn, tile)
             for h in cutlass.range(heads, unroll=1):
                 head = tile.kv_head * problem.group + h
                 if const_expr(self.is_deterministic):
-                    turn = turn_of(stores.progress[0], problem, tile_mn, tile, head)
+                    turn = turn_of(stores.progress[0], tile, later, head)
                 g_dq = stores.g_dq[None, None, head, tile.batch]
                 g_dq = cute.local_tile(g_dq, (DQ_SLAB, DQ_SLAB), (None, None))
                 s_dq, g_dq = tma_tiles(stores.dq, smem.dq, g_dq)
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
-                    for group in cutlass.range_constexpr(self.warpgroups):
+                    for group in groups:
                         cute.arch.barrier_arrive(
                             barrier_id=DQ_EMPTY + group, number_of_threads=WARPGROUP + 32
                         )
@@ -535,17 +543,22 @@ class BackwardSm90:
                             cute.arch.cp_async_bulk_wait_group(0)
                             pass_turn(turn, m)
                         turn = wait_for_turn(turn, m)
-                    for group in cutlass.range_constexpr(self.warpgroups):
-                        row, column = group // self.dq_atoms[1], group % self.dq_atoms[1]
-                        self.wait_for_dq(group)
-                        # Unlike a TMA store, the reduction elects its lane itself (seen in the
-                        # PTX).
-                        m_slab = m * self.dq_atoms[0] + row
-                        cute.copy(stores.dq, s_dq[None, group], g_dq[None, m_slab, column])
-                        cute.arch.cp_async_bulk_commit_group()
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    self.add_slabs(groups, stores.dq, (s_dq, g_dq), m)
                 if const_expr(self.is_deterministic):
                     cute.arch.cp_async_bulk_wait_group(0)
                     pass_turn(wait_for_turn(turn, DONE - 1), DONE)
             ticket = next_ticket(problem.order, ticket)
         cute.arch.cp_async_bulk_wait_group(0)
+
+    @cute.jit
+    def add_slabs(self, groups: cutlass.Constexpr, atom: cute.CopyAtom, tiles: tuple, m: Int32):
+        """Add these warpgroups' slabs of query tile m: (shared memory, global memory) of a head."""
+        s_dq, g_dq = tiles
+        for group in groups:
+            row, column = group // self.dq_atoms[1], group % self.dq_atoms[1]
+            self.wait_for_dq(group)
+            # Unlike a TMA store, the reduction elects its lane itself (seen in the PTX).
+            m_slab = m * self.dq_atoms[0] + row
+            cute.copy(atom, s_dq[None, group], g_dq[None, m_slab, column])
+            cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)

@@ -58,7 +58,7 @@ from kernels.common.copy_sm90 import (
     store_matrix,
     tma_atom,
 )
-from kernels.common.dq_order import DONE, pass_turn, turn_of, wait_for_turn
+from kernels.common.dq_order import DONE, later_tiles, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
 from kernels.common.key_tile import (
     KeyTile,
@@ -88,7 +88,7 @@ from kernels.common.mma_sm90 import (
     stage,
     to_16_bit,
 )
-from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, meet, register_split
 from kernels.common.scheduler import (
     first_ticket,
     last_ticket,
@@ -440,7 +440,7 @@ class BackwardWideSm90:
                         dout_slot = dout_consumer.wait_and_advance()
                         f_b = stage(f_dout_t, dout_slot)
                         issue_gemm(mma.dv, dv, as_a_operand(p), f_b, zero=False)
-                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=self.ordered)
+                        meet(DS_FULL, self.ordered)
                         dq = self.issue_dq(mma, dq_tile, 0)
                         # dv first: the scores would not fit beside p. They follow dq without a gap.
                         warpgroup.wait_group(1)
@@ -512,7 +512,7 @@ class BackwardWideSm90:
                         ds = to_16_bit(dp, self.dtype)
                         cute.copy(ds_copy, ds_copy.retile(ds), s_ds)
                         cute.arch.fence_view_async_shared()
-                        cute.arch.barrier(barrier_id=DS_FULL, number_of_threads=self.ordered)
+                        meet(DS_FULL, self.ordered)
                         dq = self.issue_dq(mma, dq_tile[1], 1)
                         q_slot = q_consumer.wait_and_advance()
                         f_b = stage(f_q_t, q_slot)
@@ -619,9 +619,10 @@ class BackwardWideSm90:
         while ticket < last:
             tile = key_tile(problem, tile_mn, ticket)
             heads = problem.group if tile.blocks.end > tile.blocks.begin else 0
+            later = later_tiles(problem, tile_mn, tile)
             for h in cutlass.range(heads, unroll=1):
                 head = tile.kv_head * problem.group + h
-                turn = turn_of(progress, problem, tile_mn, tile, head)
+                turn = turn_of(progress, tile, later, head)
                 for m in cutlass.range(tile.blocks.begin, tile.blocks.end, unroll=1):
                     turn = wait_for_turn(turn, m)
                     cute.arch.barrier_arrive(barrier_id=DS_FULL, number_of_threads=self.ordered)

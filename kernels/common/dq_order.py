@@ -5,15 +5,16 @@ first.
 Key tiles of a head run at the same time and visit its query tiles in ascending order. Each that
 visits any has a word in global memory: before which query tile it, and every later one, has added
 its part. A tile adds to query tile m when the word of the next such tile is past m, then moves its
-own.
+own. Query tiles that no later key tile visits are free from the start.
 
-Under a causal band the tiles of a head then never meet: a key tile begins with the query tile that
-the one after it has left. Tiles are taken from the last to the first, so whoever is waited for has
-begun.
+So under a causal band the tiles of a head hardly meet: a key tile begins with query tiles of its
+own, and the one after it, if it began at the same time, is as many ahead. Tiles are taken from the
+last to the first, so whoever is waited for has begun.
 """
 
 from typing import NamedTuple
 
+import cutlass
 from cutlass import Int32, cute
 
 from fa4_jax._variants import MAX_DIMENSION
@@ -31,31 +32,33 @@ class Turn(NamedTuple):
     reached: Int32  # how far that was when last seen
 
 
+class LaterTiles(NamedTuple):
+    """What comes before a key tile in the order of any head."""
+
+    next: Int32  # the key tile that it waits for
+    free: Int32  # before which query tile it waits for none
+
+
 @cute.jit
-def turn_of(
-    progress: cute.Tensor,
-    problem: Problem,
-    tile_mn: tuple[int, int],
-    tile: KeyTile,
-    head: Int32,
-) -> Turn:
-    """The turn of a key tile that visits some, for one query head. `progress` is (batch, heads, key
-    tiles or more)."""
-    later = tile.n_block
-    searching = later + 1 < problem.n_blocks
-    while searching:
-        later += 1
-        blocks = visits(problem, tile_mn, later, tile.batch)
-        is_empty = blocks.end == blocks.begin
-        if is_empty & (later + 1 == problem.n_blocks):
-            later = tile.n_block
-        searching = is_empty & (later != tile.n_block)
-    return Turn(
-        words=progress[tile.batch, head, None],
-        n_block=tile.n_block,
-        later=later,
-        reached=Int32(DONE) if later == tile.n_block else Int32(0),
-    )
+def later_tiles(problem: Problem, tile_mn: tuple[int, int], tile: KeyTile) -> LaterTiles:
+    """Of a key tile that visits some query tiles. Called by one warp: a lane looks at every 32nd
+    key tile."""
+    following, free = Int32(DONE), Int32(DONE)
+    first = tile.n_block + 1 + cute.arch.lane_idx()
+    for n_block in cutlass.range(first, problem.n_blocks, 32, unroll=1):
+        blocks = visits(problem, tile_mn, n_block, tile.batch)
+        if blocks.end > blocks.begin:
+            following = cutlass.min(following, n_block)
+            free = cutlass.min(free, blocks.begin)
+    cute.arch.sync_warp()
+    return LaterTiles(*(cute.arch.warp_redux_sync(x, "min") for x in (following, free)))
+
+
+def turn_of(progress: cute.Tensor, tile: KeyTile, later: LaterTiles, head: Int32) -> Turn:
+    """The turn of a key tile for one query head. `progress` is (batch, heads, key tiles or
+    more)."""
+    words = progress[tile.batch, head, None]
+    return Turn(words=words, n_block=tile.n_block, later=later.next, reached=later.free)
 
 
 @cute.jit

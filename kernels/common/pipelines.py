@@ -83,3 +83,13 @@ def wait_until_drained(producer, stages: cutlass.Constexpr):
     free = before.try_acquire()
     while not free:
         free = before.try_acquire()
+
+
+@cute.jit
+def meet(barrier_id: cutlass.Constexpr, threads: cutlass.Constexpr):
+    """Wait at a named barrier that whole warps reach at different places in the code.
+
+    `cute.arch.barrier` is the aligned form, whose warps compute-sanitizer's synccheck wants at one
+    place (all of the block: PTX asks it of the threads of a warp).
+    """
+    cute.arch.inline_ptx(f"barrier.sync {barrier_id}, {threads};")
