@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -106,7 +106,8 @@ def for_kernels(
     """Intervals [B, T], and the band in them, as kernels take them.
 
     Blocks of queries meet blocks of keys pair by pair: B T S / 4096 comparisons without memory, for
-    a million by a million 2.7e8, and a few launches, where a running maximum would be dozens.
+    a million by a million 2.7e8, and a few launches, where a running maximum would be dozens. What
+    is reduced over the same axis is one reduction with several results, so that it's one launch.
     """
     row = jnp.arange(kv_start.shape[1], dtype=jnp.int32)
     broken = kv_start == BROKEN
@@ -117,30 +118,33 @@ def for_kernels(
     # its neighbours depend on what is.
     empty = start == end
     first, last = jnp.where(empty, seqlen_k, start), jnp.where(empty, 0, end)
-    high_start = _of_blocks(jnp.where(broken, 0, first), jnp.max, 0)
-    low_end = _of_blocks(jnp.where(broken, seqlen_k, last), jnp.min, seqlen_k)
-    low_start = _of_blocks(jnp.where(broken, seqlen_k, first), jnp.min, seqlen_k)
-    high_end = _of_blocks(jnp.where(broken, 0, last), jnp.max, 0)
+    high_start, low_end, low_start, high_end, spoiled = _reduce(
+        (_blocks(jnp.where(broken, 0, first), 0), jnp.maximum, 0),
+        (_blocks(jnp.where(broken, seqlen_k, last), seqlen_k), jnp.minimum, seqlen_k),
+        (_blocks(jnp.where(broken, seqlen_k, first), seqlen_k), jnp.minimum, seqlen_k),
+        (_blocks(jnp.where(broken, 0, last), 0), jnp.maximum, 0),
+        (_blocks(broken, False), jnp.logical_or, False),
+    )
 
     key = jnp.arange(0, seqlen_k, BLOCK, dtype=jnp.int32)[:, None]
     key_end = jnp.minimum(key + BLOCK, seqlen_k)
     queries = jnp.arange(low_start.shape[1], dtype=jnp.int32)
     past = jnp.int32(low_start.shape[1])
 
-    def first_of(condition: Array) -> Array:
-        return jnp.where(condition, queries, past).min(-1, keepdims=True)
-
     low_start_, high_end_, high_start_, low_end_ = (
         x[:, None] for x in (low_start, high_end, high_start, low_end)
     )
     # But the NaN of a broken row has to meet every key.
-    spoiled = _of_blocks(broken, jnp.any, False)[:, None]
-    some = ((low_start_ < key_end) & (high_end_ > key)) | spoiled
+    some = ((low_start_ < key_end) & (high_end_ > key)) | spoiled[:, None]
     every = (high_start_ <= key) & (low_end_ >= key_end)
-    # [B, J, 1] each. Of several runs of blocks that see all of a key's block, the first.
-    begin, finish = first_of(some), jnp.where(some, queries + 1, 0).max(-1, keepdims=True)
-    full_begin = first_of(every)
-    full_end = first_of(~every & (queries >= full_begin))
+    # [B, J] each. Of several runs of blocks that see all of a key's block, the first.
+    begin, finish, full_begin = _reduce(
+        (jnp.where(some, queries, past), jnp.minimum, past),
+        (jnp.where(some, queries + 1, 0), jnp.maximum, 0),
+        (jnp.where(every, queries, past), jnp.minimum, past),
+    )
+    behind = ~every & (queries >= full_begin[..., None])
+    full_end = jnp.where(behind, queries, past).min(-1)
 
     def rows(x: Array) -> Array:
         missing = round_up(x.shape[1], ROW_MULTIPLE) - x.shape[1]
@@ -150,15 +154,26 @@ def for_kernels(
         kv_start=rows(jnp.where(broken, BROKEN, start)),
         kv_end=rows(jnp.where(broken, seqlen_k, end)),
         key_range=jnp.stack((low_start, high_end, high_start, low_end), -1),
-        query_range=BLOCK * jnp.concatenate((begin, finish, full_begin, full_end), -1),
+        query_range=BLOCK * jnp.stack((begin, finish, full_begin, full_end), -1),
     )
 
 
-def _of_blocks(x: Array, reduce: Callable[..., Array], neutral: int) -> Array:
-    """[B, T] to [B, M]: `reduce` over each block of queries; `neutral` changes no block's."""
+def _blocks(x: Array, neutral: int) -> Array:
+    """[B, T] to [B, M, BLOCK], padded."""
     missing = round_up(x.shape[1], BLOCK) - x.shape[1]
     x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=neutral)
-    return reduce(x.reshape(x.shape[0], -1, BLOCK), -1)
+    return x.reshape(x.shape[0], -1, BLOCK)
+
+
+def _reduce(*parts: tuple[Array, Callable[[Array, Array], Array], int | Array]) -> list[Array]:
+    """The last axis of arrays of one shape, each (array, operation, what it starts with)."""
+    arrays, operations, starts = zip(*parts, strict=True)
+
+    def combine(left: Sequence[Array], right: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(f(x, y) for f, x, y in zip(operations, left, right, strict=True))
+
+    starts = tuple(jnp.asarray(x, a.dtype) for x, a in zip(starts, arrays, strict=True))
+    return lax.reduce(arrays, starts, combine, (arrays[0].ndim - 1,))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

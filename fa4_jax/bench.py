@@ -16,7 +16,9 @@ round last --round-ms. JAX dispatches asynchronously, so the host's work for the
 behind the device's work for this one, as long as a call takes longer than the host needs to enqueue
 it. That cost is measured with a trivial program; results within twice of it are marked ~, because
 they say more about the host than about the kernel. The rounds of all implementations are
-interleaved, so that drifting clocks hit all alike. Inputs are random (zeros draw less power and run
+interleaved, so that drifting clocks hit all alike, and each begins with --settle-ms that don't
+count: at its power limit a GPU's clock depends on what it did before (an H200 after a second of
+rest runs 4 % faster than in the long run). Inputs are random (zeros draw less power and run
 faster), with as many sets in turn as it takes to exceed the L2 cache. Reported are the median of
 the rounds and the distance between their quartiles.
 
@@ -382,8 +384,12 @@ class Harness:
             for measurement, program in running:
                 if measurement.reason:
                     continue
+                calls = measurement.calls_per_round
+                settling = math.ceil(calls * self.options.settle_ms / self.options.round_ms)
                 try:
-                    measurement.samples.append(program.milliseconds(measurement.calls_per_round))
+                    if settling:
+                        program.milliseconds(settling)
+                    measurement.samples.append(program.milliseconds(calls))
                 except Exception as error:
                     measurement.reason = one_line(error)
 
@@ -608,6 +614,7 @@ def parser() -> argparse.ArgumentParser:
     add("--host", action="store_true", help="only what a call of the first --impl costs the host")
     add("--rounds", type=positive, default=9, help="default %(default)s")
     add("--round-ms", type=float, default=50.0, help="at least; default %(default)s")
+    add("--settle-ms", type=float, default=100.0, help="before each; default %(default)s")
     add("--max-seconds", type=float, default=math.inf, help="start nothing new after this long")
     add("--xla-max-gib", type=float, default=12.0, help="skip xla above this; default %(default)s")
     add("--csv", type=pathlib.Path, metavar="FILE")
@@ -667,6 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         method = {
             "round_ms": options.round_ms,
+            "settle_ms": options.settle_ms,
             "rounds": options.rounds,
             "dispatch_ms": harness.dispatch_ms,
             "max_difference": MAX_DIFFERENCE,

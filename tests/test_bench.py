@@ -9,7 +9,7 @@ import pytest
 
 from fa4_jax import bench
 
-TINY = "--head-dim 64 --seqlen 64 --tokens 128 --heads 4 --kv-heads 2 --round-ms 1 --rounds 3"
+TINY = "--head-dim 64 --seqlen 64 --tokens 128 --heads 4 --kv-heads 2 --round-ms 1 --rounds 3 --settle-ms 0"
 
 
 def run(tmp_path, extra):
@@ -171,6 +171,23 @@ def test_backward_is_the_difference_and_rounds_are_interleaved(tmp_path, monkeyp
     rounds = FakeProgram.order[-18:]
     assert rounds[:6] == rounds[6:12] == rounds[12:]
     assert len(set(rounds[:6])) == 6
+
+
+def test_a_round_begins_with_what_does_not_count(monkeypatch):
+    # Four times a round; each call takes as long as the calls asked for.
+    asked = []
+
+    class Program(FakeProgram):
+        def milliseconds(self, calls):
+            asked.append(calls)
+            return 0.5
+
+    monkeypatch.setattr(bench, "build", lambda *_: Program("fwd", []))
+    arguments = [*TINY.split(), *"--impl reference --pass fwd --settle-ms 4".split()]
+    options = bench.parser().parse_args(arguments)
+    (measured,) = bench.Harness(options).run(bench.cases(options)[:1])
+    assert asked == [2, 3] + 3 * [8, 2]
+    assert measured.samples == 3 * [0.5]
 
 
 def test_bad_options_are_refused(capsys):
