@@ -65,7 +65,6 @@ from kernels.common.key_tile import (
     Operands,
     Problem,
     Scalars,
-    Softcap,
     Statistics,
     cap,
     capped_probabilities,
@@ -73,6 +72,7 @@ from kernels.common.key_tile import (
     key_tile,
     key_tiles,
     load_operands,
+    make_softcap,
     mask_transposed,
     next_stage,
     probabilities,
@@ -236,7 +236,7 @@ class BackwardWideSm90:
         self.storage = Storage
         scalars = Scalars(
             softmax_scale,
-            Softcap(softcap, softmax_scale / softcap) if const_expr(self.has_softcap) else (),
+            make_softcap(softcap, softmax_scale) if const_expr(self.has_softcap) else (),
             Band(band_lower, band_upper),
         )
         ranges = tuple(intervals[2:])

@@ -45,7 +45,7 @@ from kernels.common.copy_sm90 import (
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
-from kernels.common.fast_math import tanh
+from kernels.common.fast_math import TANH_EXPONENT, tanh
 from kernels.common.mask import (
     Band,
     Coordinates,
@@ -158,7 +158,7 @@ class Problem(NamedTuple):
     group: cute.FastDivmodDivisorV2  # query heads per key/value head
     seqlen_q: Int32
     seqlen_k: Int32
-    score_scale: Float32  # from q k^T to what tanh sees, with a softcap
+    tanh_scale: Float32  # from q k^T to the exponent of `tanh`, with a softcap
     softmax_scale: Float32  # from there to the logarithm of a weight
     sinks: cute.Tensor
     band: Band
@@ -292,7 +292,7 @@ class ForwardSm90:
             group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
-            score_scale=softmax_scale / softcap,
+            tanh_scale=softmax_scale / softcap * TANH_EXPONENT,
             softmax_scale=softcap if const_expr(self.has_softcap) else softmax_scale,
             sinks=sinks,
             band=Band(band_lower, band_upper),
@@ -545,10 +545,10 @@ class ForwardSm90:
 
     @cute.jit
     def cap(self, scores: cute.Tensor, problem: Problem):
-        """scores <- tanh(score_scale * scores), with a softcap."""
+        """scores <- tanh(softmax_scale * scores / softcap), with a softcap."""
         if const_expr(self.has_softcap):
             for i in cutlass.range_constexpr(cute.size(scores)):
-                scores[i] = tanh(scores[i] * problem.score_scale)
+                scores[i] = tanh(scores[i] * problem.tanh_scale)
 
     @cute.jit
     def seen(self, coords: Coordinates, tile: Tile, problem: Problem) -> Band | Intervals:

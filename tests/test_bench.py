@@ -9,7 +9,10 @@ import pytest
 
 from fa4_jax import bench
 
-TINY = "--head-dim 64 --seqlen 64 --tokens 128 --heads 4 --kv-heads 2 --round-ms 1 --rounds 3 --settle-ms 0"
+TINY = (
+    "--head-dim 64 --seqlen 64 --tokens 128 --heads 4 --kv-heads 2 "
+    "--rounds 3 --round-ms 1 --settle-ms 0"
+)
 
 
 def run(tmp_path, extra):

@@ -35,6 +35,7 @@ from fa4_jax import _primitives, _variants
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import VARIANTS, Feature, Kernel, Variant, round_up
 
+SOFTCAP = (Feature.interval, Feature.softcap)
 SCHEDULES = ("late", "random:1", "random:2", "pct:3")
 
 
@@ -372,6 +373,35 @@ def check_backward(emulated, variant: Variant, case: Case) -> None:
     assert not failures(verdicts), failures(verdicts)
     sums = () if Feature.deterministic in variant.features else (2,)
     assert_same_in_every_schedule(row, results, arguments, values, sums=sums)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [v for v in VARIANTS if v.key.startswith("backward_bf16_") and v.features == SOFTCAP],
+    ids=lambda v: v.name.removeprefix("fa4_"),
+)
+def test_gradients_where_the_cap_saturates(emulated, variant: Variant) -> None:
+    """Logits of 7 to 9 caps, where 1 - tanh^2 is 3e-6 to 6e-8. The rule of the other tests doesn't
+    show it: its baseline has 1 - tanh^2 from a rounded tanh."""
+    case = IntervalCase(1, 64, 64, (1, 1), softcap=3.0, bands=({},))
+    *_, v, dout, dlse = operands(variant, case)
+    signs = np.where(np.arange(64) % 3, 1.0, -1.0)[:, None]
+    values = scalars(variant, case)
+    size = np.sqrt(case.softcap / values["softmax_scale"] / variant.head_dim)
+    ones = np.ones((1, 64, 1, variant.head_dim)) * size
+    q = jnp.asarray(ones * np.linspace(7, 9, 64)[:, None, None], v.dtype)
+    k = jnp.asarray(ones * signs[:, None], v.dtype)
+    out, lse = residuals(variant, case, q, k, v)
+    arguments = (q, k, v, dout, *workspaces(variant, case, out, lse, dout, dlse))
+    arguments += interval_operands(variant, case)
+    dk, _, dq_accum = emulated(variant.name)(arguments, values)[:3]
+    dq = dq_accum[:, :, :64, accumulator_places(variant)].transpose(0, 2, 1, 3)
+    expected = oracle_of(variant, case).backward(*as64(q, k, v, dout, dlse))[:2]
+    for got, exact in ((dq * np.float32(values["softmax_scale"]), expected[0]), (dk, expected[1])):
+        error = np.linalg.norm(np.float64(got) - exact)
+        # dS is rounded to 2^-9 of itself, and dq is a sum of both signs. 1 - tanh^2 of a rounded
+        # tanh: 0.03 and more.
+        assert error <= 0.01 * np.linalg.norm(exact)
 
 
 def workspaces(variant: Variant, case: Case, out, lse, dout, dlse) -> tuple[np.ndarray, ...]:

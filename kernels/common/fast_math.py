@@ -52,10 +52,44 @@ def round_pair(low: Float32, high: Float32, dtype: type[Numeric]) -> Int32:
     )
 
 
-def tanh(x: Float32) -> Float32:
-    """1 - 2 / (1 + exp(2 x)), within 4e-7 of the hyperbolic tangent; -1 and 1 at the infinities.
+# A tanh's argument times this is the exponent of 2 that it is made of: y = TANH_EXPONENT x.
+TANH_EXPONENT = 2 * math.log2(math.e)
+
+
+def tanh(y: Float32) -> Float32:
+    """tanh(x) = 1 - 2 / (1 + exp2(y)), within 4e-7; -1 and 1 at the infinities.
 
     The chip's own approximation is three instructions shorter, and 5e-4 off: visible in an lse.
     """
-    exp = cute.math.exp2(x * (2 * math.log2(math.e)), fastmath=True)
+    exp = cute.math.exp2(y, fastmath=True)
     return fma(Float32(-2.0), cute.arch.rcp_approx(exp + 1.0), Float32(1.0))
+
+
+def copysign(magnitude: Float32, sign: Float32) -> Float32:
+    """The one's magnitude with the other's sign."""
+    return cute.arch.inline_ptx(
+        "copysign.f32 {$w0}, {$r1}, {$r0};",
+        write_only_types=[Float32],
+        read_only_args=[magnitude, sign],
+    )
+
+
+def gap(y: Float32) -> Float32:
+    """What |tanh(x)| lacks to 1, 2 / (1 + exp2(|y|)), with the sign of -x.
+
+    From it come a tanh and its slope that are good to a few units in the last place. 1 - tanh^2
+    from a tanh in fp32 is a tenth off at |x| = 8, and 0 from 10 on.
+    """
+    exp = cute.math.exp2(cute.arch.fmax(y, -y), fastmath=True)
+    return copysign(cute.arch.rcp_approx(fma(exp, Float32(0.5), Float32(0.5))), -y)
+
+
+def tanh_of_gap(u: Float32) -> Float32:
+    """tanh(x) of u = `gap`(x); -inf of -inf."""
+    return u + copysign(Float32(1.0), -u)
+
+
+def slope_of_gap(u: Float32) -> Float32:
+    """1 - tanh(x)^2 of u = `gap`(x); 0 of -inf."""
+    u = cute.arch.fmin(cute.arch.fmax(u, -u), Float32(2.0))
+    return u * (2.0 - u)

@@ -19,7 +19,15 @@ from cutlass.cute.nvgpu import cpasync
 
 from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
 from kernels.common.copy_sm90 import MatrixRows, store_matrices, tma_tiles
-from kernels.common.fast_math import fma, round_pair, select_inside, tanh
+from kernels.common.fast_math import (
+    TANH_EXPONENT,
+    fma,
+    gap,
+    round_pair,
+    select_inside,
+    slope_of_gap,
+    tanh_of_gap,
+)
 from kernels.common.mask import Band, Coordinates, mask_scores
 from kernels.common.mma_sm90 import rows_and_columns
 from kernels.common.pipelines import expect_more, wait_until_drained
@@ -39,10 +47,15 @@ from kernels.common.softmax import LOG2_E
 
 
 class Softcap(NamedTuple):
-    """A softcap, and what leads from q k^T to the argument of tanh."""
+    """A softcap, and what leads from q k^T to the exponent of `gap`."""
 
     softcap: Float32
-    score_scale: Float32
+    exponent_scale: Float32
+
+
+def make_softcap(softcap: Float32, softmax_scale: Float32) -> Softcap:
+    """On the host."""
+    return Softcap(softcap, softmax_scale / softcap * TANH_EXPONENT)
 
 
 class Scalars(NamedTuple):
@@ -424,9 +437,9 @@ def mask_pair(
 
 @cute.jit
 def cap(scores: cute.Tensor, scalars: Scalars):
-    """scores <- t = tanh(softmax_scale * scores / softcap)."""
+    """scores <- the `gap` of softmax_scale * scores / softcap, whose tanh t is."""
     for i in cutlass.range_constexpr(cute.size(scores)):
-        scores[i] = tanh(scores[i] * scalars.softcap.score_scale)
+        scores[i] = gap(scores[i] * scalars.softcap.exponent_scale)
 
 
 @cute.jit
@@ -455,11 +468,11 @@ def score_gradient(p: cute.Tensor, dp: cute.Tensor, dpsum: cute.Tensor):
 
 
 @cute.jit
-def _capped(t: Float32, scale_log2: Float32, lse_log2: Float32) -> tuple[Float32, Float32]:
-    """p = exp2(scale_log2 * t - lse_log2), and p (1 - t^2), which dS multiplies."""
-    p = cute.math.exp2(fma(t, scale_log2, -lse_log2), fastmath=True)
-    t = cute.arch.fmax(t, Float32(-1.0))  # -inf where masked; p is 0
-    return p, p * fma(-t, t, Float32(1.0))
+def _capped(u: Float32, scale_log2: Float32, lse_log2: Float32) -> tuple[Float32, Float32]:
+    """p = exp2(scale_log2 * t - lse_log2), and p (1 - t^2), which dS multiplies, of t's gap. Where
+    masked, it is -inf, and both are 0."""
+    p = cute.math.exp2(fma(tanh_of_gap(u), scale_log2, -lse_log2), fastmath=True)
+    return p, p * slope_of_gap(u)
 
 
 def _packed_pairs(acc: cute.Tensor, dtype: cutlass.Constexpr) -> tuple[cute.Tensor, cute.Tensor]:
@@ -472,7 +485,7 @@ def _packed_pairs(acc: cute.Tensor, dtype: cutlass.Constexpr) -> tuple[cute.Tens
 def capped_probabilities(
     acc: cute.Tensor, lse_log2: cute.Tensor, scale_log2: Float32, dtype: cutlass.Constexpr
 ) -> cute.Tensor:
-    """p of an accumulator of t, rounded to `dtype`; acc <- p (1 - t^2)."""
+    """p of an accumulator of gaps, rounded to `dtype`; acc <- p (1 - t^2)."""
     rounded, packed = _packed_pairs(acc, dtype)
     scores = rows_and_columns(acc)
     for pair in cutlass.range_constexpr(cute.size(lse_log2, mode=[1])):
@@ -495,7 +508,7 @@ def capped_gradients(
     to: tuple[MatrixRows, Int32],
     dtype: cutlass.Constexpr,
 ) -> tuple[cute.Tensor, cute.Tensor]:
-    """p and dS, rounded to `dtype`, of accumulators of t and dp; dS also to shared memory (`to`,
+    """p and dS, rounded to `dtype`, of accumulators of gaps and dp; dS also to shared memory (`to`,
     and its stage).
 
     `rows` are `column_statistic`s of this tile, with intervals if it needs a mask; `key` is where
