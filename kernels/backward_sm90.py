@@ -248,7 +248,8 @@ class BackwardSm90:
             Band(band_lower, band_upper),
         )
         ranges = tuple(intervals[2:])
-        problem = key_tiles(q, k, self.tile_n, scalars, ranges, tuple(own), num_sms)
+        tile_mn = (self.tile_m, self.tile_n)
+        problem = key_tiles(q, k, tile_mn, scalars, ranges, tuple(own), num_sms)
         rows = Statistics(lse_log2, dpsum, tuple(intervals[:2]))
         self.kernel(atoms, coordinates, stores, self.mma(), layouts, rows, problem).launch(
             grid=(problem.order.ctas, 1, 1),

@@ -240,7 +240,8 @@ class BackwardWideSm90:
             Band(band_lower, band_upper),
         )
         ranges = tuple(intervals[2:])
-        problem = key_tiles(q, k, self.tile_n, scalars, ranges, tuple(own), num_sms)
+        tile_mn = (self.tile_m, self.tile_n)
+        problem = key_tiles(q, k, tile_mn, scalars, ranges, tuple(own), num_sms)
         rows, results = (
             Statistics(lse_log2, dpsum, tuple(intervals[:2])),
             Results(dk, dv, dq, tuple(own[1:])),

@@ -45,6 +45,11 @@ from kernels.common.scheduler import (
 )
 from kernels.common.softmax import LOG2_E
 
+# How many query tiles apart the key tiles of a head should run, if their additions to dq have
+# an order and they visit half of all. One on another's heels waits, at each, until the other's
+# addition can be seen, which takes longer than a visit. So few of a head may run at once.
+APART = 8
+
 
 class Softcap(NamedTuple):
     """A softcap, and what leads from q k^T to the exponent of `gap`."""
@@ -117,7 +122,7 @@ class Operands(NamedTuple):
 def key_tiles(
     q: cute.Tensor,
     k: cute.Tensor,
-    tile_n: cutlass.Constexpr,
+    tile_mn: cutlass.Constexpr,
     scalars: Scalars,
     query_range: tuple[cute.Tensor, ...],
     own: tuple[cute.Tensor, ...],
@@ -128,6 +133,7 @@ def key_tiles(
     order, the words of `dq_order`, which asks for the later keys first. On the host."""
     seqlen_q, head_dim, heads, batch = q.shape
     seqlen_k, _, kv_heads, _ = k.shape
+    tile_m, tile_n = tile_mn
     n_blocks = cute.ceil_div(seqlen_k, tile_n)
     # With a causal band the first keys are seen by most queries; with one that is bounded only
     # below, the last.
@@ -139,7 +145,12 @@ def key_tiles(
         ascending = Int32(len(own) - 1)
         # q, dout and dq_accum
         read = Int64(seqlen_q) * (heads // kv_heads) * (8 * head_dim)
-        order = tile_queue(n_blocks, (kv_heads * batch, Int32(1)), read, num_sms, own[0])
+        apart = Int32(1)
+        if const_expr(len(own) > 1):
+            visited = cutlass.max(cute.ceil_div(seqlen_q, tile_m) * (heads // kv_heads), 1)
+            apart = cute.ceil_div(2 * APART * num_sms, visited)
+        heads_and_sharing = (kv_heads * batch, Int32(1))
+        order = tile_queue(n_blocks, heads_and_sharing, read, num_sms, own[0], apart)
     else:
         order = tile_order(n_blocks, kv_heads * batch, even, num_sms)
     return Problem(

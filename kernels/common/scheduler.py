@@ -109,14 +109,20 @@ def tile_order(blocks: Int32, heads: Int32, even: Int32, num_sms: Int32) -> Tile
     )
 
 
-def tile_queue(
-    blocks: Int32, heads: tuple[Int32, Int32], head_bytes: Int64, num_sms: Int32, taken: cute.Tensor
+def tile_queue(  # noqa: PLR0913 - what there is, how it's grouped, and where it's counted
+    blocks: Int32,
+    heads: tuple[Int32, Int32],
+    head_bytes: Int64,
+    num_sms: Int32,
+    taken: cute.Tensor,
+    at_least: Int32 = 1,
 ) -> TileQueue:
     """The queue of the tiles of (heads, how many share what a tile reads), for min(tiles, num_sms)
-    CTAs; `head_bytes` is what the tiles of such heads read. `taken` is 0."""
+    CTAs; `head_bytes` is what the tiles of such heads read. `taken` is 0. A group has `at_least` so
+    many heads, if there are."""
     heads, sharing = heads
     fitting = cutlass.max(Int32(1), Int32(cutlass.min(L2_BYTES // head_bytes, Int64(heads))))
-    group = cutlass.min(fitting * sharing, heads)
+    group = cutlass.min(cutlass.max(fitting * sharing, at_least), heads)
     last_group = (heads - 1) // group
     return TileQueue(
         blocks=blocks,
