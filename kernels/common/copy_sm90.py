@@ -101,7 +101,7 @@ def slab_pairs(
 
     Half a warp stores 32 bytes of four rows at a time, and the same columns of an even row and of
     the next one lie in the same banks. So an odd row's first store is 16 columns further:
-    without, these stores take twice as long, and a backward 4 % longer (d=128).
+    without, these stores take twice as long, and a backward 4 % more cycles (d=128).
     """
     thread, stage = thread_and_stage
     first = accumulator_coordinates(tiled_mma, thread, tile)

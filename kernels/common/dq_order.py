@@ -7,9 +7,9 @@ visits any has a word in global memory: before which query tile it, and every la
 its part. A tile adds to query tile m when the word of the next such tile is past m, then moves its
 own. Query tiles that no later key tile visits are free from the start.
 
-So under a causal band the tiles of a head hardly meet: a key tile begins with query tiles of its
-own, and the one after it, if it began at the same time, is as many ahead. Tiles are taken from the
-last to the first, so whoever is waited for has begun.
+Tiles are taken from the last to the first, so whoever is waited for has begun. Under a causal band
+a key tile begins with query tiles of its own, but that doesn't keep it off the heels of the one
+after it: see `key_tile.APART`.
 """
 
 from typing import NamedTuple
