@@ -45,7 +45,7 @@ from kernels.common.copy_sm90 import (
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
-from kernels.common.fast_math import TANH_EXPONENT, tanh
+from kernels.common.fast_math import TANH_EXPONENT, tanh, thread_again
 from kernels.common.mask import (
     Band,
     Coordinates,
@@ -520,15 +520,17 @@ class ForwardSm90:
             extent = problem.seqlen_q - first_row
             g_lse = cute.domain_offset((first_row,), results.lse[tile.batch, tile.head, None])
             self.store_lse(softmax.row_max, coords, g_lse, extent)
+            # `thread` would need a register through the loop: d=64 with a softcap has none left.
+            writer = thread_again() - WARPGROUP
             if const_expr(self.epilogue is Epilogue.registers):
                 g_out = results.out[None, None, tile.head, tile.batch]
-                accumulator_to_gmem(acc_rows, thread, g_out, first_row + coords.row)
+                accumulator_to_gmem(acc_rows, writer, g_out, first_row + coords.row)
             else:
-                self.store_out(thread, mma, smem, tile, tma, acc)
+                self.store_out(writer, mma, smem, tile, tma, acc)
             if const_expr(self.epilogue is Epilogue.over_q):
                 q_slot.release()
             ticket = next_ticket(problem.order, ticket)
-        self.last_turn(group)
+        self.last_turn()
         tma_store_wait()
 
     @cute.jit
@@ -652,8 +654,8 @@ class ForwardSm90:
         cute.arch.barrier_arrive(barrier_id=TURN + following, number_of_threads=2 * WARPGROUP)
 
     @cute.jit
-    def last_turn(self, group: Int32):
-        """Close the ring: take the one grant that is still open, so that no barrier is left half
-        full."""
-        if group == 0:
+    def last_turn(self):
+        """Close the ring: the first warpgroup takes the one grant that is still open, so that no
+        barrier is left half full."""
+        if thread_again() < 2 * WARPGROUP:
             cute.arch.barrier(barrier_id=TURN, number_of_threads=2 * WARPGROUP)

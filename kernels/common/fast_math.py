@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic that the DSL has no name for."""
+"""Instructions that the DSL has no name for."""
 
 import math
 
 from cutlass import BFloat16, Float32, Int32, Numeric, cute
+from cutlass._mlir.dialects import llvm
 
 
 def fma(a: Float32, b: Float32, c: Float32) -> Float32:
@@ -24,6 +25,14 @@ def not_ahead(x: Int32) -> Int32:
     computed before the loop, and needs no registers there."""
     return cute.arch.inline_ptx(
         "mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x]
+    )
+
+
+def thread_again() -> Int32:
+    """The thread's index in its CTA, read here: one read before a loop, and needed after it, takes
+    a register all along."""
+    return Int32(
+        llvm.inline_asm(Int32.mlir_type, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
     )
 
 
