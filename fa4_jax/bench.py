@@ -9,18 +9,22 @@ Passes. Each (implementation, pass) is one compiled XLA program:
     fwd         out = attention(q, k, v)
     fwd_bwd     out and (dq, dk, dv) for a given dout
     bwd         no program: fwd_bwd - fwd, round by round
-    bwd_direct  (dq, dk, dv) from the residuals of a forward that ran before; comes with bwd
+    bwd_direct  (dq, dk, dv) from the residuals of a forward that ran before
 
 Method. A round enqueues a program n times without waiting, and waits once at the end; n makes a
 round last --round-ms. JAX dispatches asynchronously, so the host's work for the next call hides
 behind the device's work for this one, as long as a call takes longer than the host needs to enqueue
 it. That cost is measured with a trivial program; results within twice of it are marked ~, because
 they say more about the host than about the kernel. The rounds of all implementations are
-interleaved, so that drifting clocks hit all alike, and each begins with --settle-ms that don't
-count: at its power limit a GPU's clock depends on what it did before (an H200 after a second of
-rest runs 4 % faster than in the long run). Inputs are random (zeros draw less power and run
+interleaved, so that drifting clocks hit all alike. Inputs are random (zeros draw less power and run
 faster), with as many sets in turn as it takes to exceed the L2 cache. Reported are the median of
 the rounds and the distance between their quartiles.
+
+A GPU at its power limit lowers its clock, by what ran in the last second. So that no implementation
+inherits another's, the GPU rests for --rest-ms before each round, which then begins with
+--settle-ms that don't count: a burst, as most published figures are. The other extreme, what an
+implementation sustains for long, is --rest-ms 0 --settle-ms 100: it depends on energy more than
+on time.
 
 FLOPs, as the FlashAttention papers count them: forward 4 B N T S H, backward 2.5 times that, half
 when causal.
@@ -64,7 +68,12 @@ from fa4_jax import doctor
 
 IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference", "tokamax", "flash-attn-4")
 # What --pass can name, and the programs it takes.
-PASSES = {"fwd": {"fwd"}, "bwd": {"fwd", "fwd_bwd", "bwd_direct"}, "fwd_bwd": {"fwd_bwd"}}
+PASSES = {
+    "fwd": {"fwd"},
+    "bwd": {"fwd", "fwd_bwd"},
+    "bwd_direct": {"bwd_direct"},
+    "fwd_bwd": {"fwd_bwd"},
+}
 DTYPES = {"bfloat16": "", "float16": "-f16", "float32": "-f32"}
 # More than the L2 cache of a GPU (H200: 50 MB, B200: 126 MB).
 CACHE_BYTES = 256 * 2**20
@@ -327,19 +336,17 @@ class Harness:
         """Compile, check and time one case."""
         measurements = {
             (implementation, timed): Measurement(case, implementation, timed)
-            for timed in ("fwd", "bwd", "bwd_direct", "fwd_bwd")
+            for timed in PASSES
             for implementation in self.options.impl
         }
         needed = set().union(*(PASSES[timed] for timed in self.options.passes))
         running = self.prepare([m for m in measurements.values() if m.timed in needed])
         self.time(case, running)
-        shown = set(self.options.passes)
-        if "bwd" in shown:
-            shown.add("bwd_direct")
-            for implementation in self.options.impl:
-                fwd, bwd, both = (measurements[implementation, p] for p in PASSES)
+        if "bwd" in self.options.passes:
+            for i in self.options.impl:
+                fwd, bwd, both = (measurements[i, timed] for timed in ("fwd", "bwd", "fwd_bwd"))
                 subtract(both, fwd, bwd)
-        return [measurement for measurement in measurements.values() if measurement.timed in shown]
+        return [m for m in measurements.values() if m.timed in self.options.passes]
 
     def prepare(self, measurements: list[Measurement]) -> list[tuple[Measurement, Program]]:
         """Compile, check and warm up; those that can't be timed get their reason."""
@@ -387,6 +394,7 @@ class Harness:
                 calls = measurement.calls_per_round
                 settling = math.ceil(calls * self.options.settle_ms / self.options.round_ms)
                 try:
+                    time.sleep(self.options.rest_ms / 1e3)
                     if settling:
                         program.milliseconds(settling)
                     measurement.samples.append(program.milliseconds(calls))
@@ -614,7 +622,8 @@ def parser() -> argparse.ArgumentParser:
     add("--host", action="store_true", help="only what a call of the first --impl costs the host")
     add("--rounds", type=positive, default=9, help="default %(default)s")
     add("--round-ms", type=float, default=50.0, help="at least; default %(default)s")
-    add("--settle-ms", type=float, default=100.0, help="before each; default %(default)s")
+    add("--rest-ms", type=float, default=200.0, help="before each; default %(default)s")
+    add("--settle-ms", type=float, default=5.0, help="at least, not timed; default %(default)s")
     add("--max-seconds", type=float, default=math.inf, help="start nothing new after this long")
     add("--xla-max-gib", type=float, default=12.0, help="skip xla above this; default %(default)s")
     add("--csv", type=pathlib.Path, metavar="FILE")
@@ -674,6 +683,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         method = {
             "round_ms": options.round_ms,
+            "rest_ms": options.rest_ms,
             "settle_ms": options.settle_ms,
             "rounds": options.rounds,
             "dispatch_ms": harness.dispatch_ms,

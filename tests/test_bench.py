@@ -11,7 +11,7 @@ from fa4_jax import bench
 
 TINY = (
     "--head-dim 64 --seqlen 64 --tokens 128 --heads 4 --kv-heads 2 "
-    "--rounds 3 --round-ms 1 --settle-ms 0"
+    "--rounds 3 --round-ms 1 --rest-ms 0 --settle-ms 0"
 )
 
 
