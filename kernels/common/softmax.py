@@ -56,17 +56,22 @@ def online_softmax(state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float3
 
     Updates the state and leaves in `state.decay` the factor for everything accumulated so far.
     """
+    shifts = []
     for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
         new_max = row_maximum(scores, r, state.row_max[r])
         # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
         shift = Float32(0.0) if new_max == -Float32.inf else new_max * -scale_log2
         # Sums, not differences: only those become fma in the PTX, and ptxas would fuse either.
-        probabilities = cute.math.exp2(scores[r, None].load() * scale_log2 + shift, fastmath=True)
-        scores[r, None].store(probabilities)
         state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 + shift, fastmath=True)
-        total = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0)
-        state.row_sum[r] = state.row_sum[r] * state.decay[r] + total
         state.row_max[r] = new_max
+        shifts.append(shift)
+    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+        probabilities = cute.math.exp2(
+            scores[r, None].load() * scale_log2 + shifts[r], fastmath=True
+        )
+        scores[r, None].store(probabilities)
+        before = state.row_sum[r] * state.decay[r]
+        state.row_sum[r] = probabilities.reduce(cute.ReductionOp.ADD, before, 0)
 
 
 @cute.jit
