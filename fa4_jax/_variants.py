@@ -267,6 +267,21 @@ class Epilogue(enum.StrEnum):
     """From registers, four lanes of a row exchanging, so that each stores 16 bytes."""
 
 
+class Softmax(enum.StrEnum):
+    """The order in which a forward's source has the two rows of a thread in a key tile's softmax.
+
+    ptxas places the rescaling of out by it: in the shadow of the exponentials, or behind them.
+    Which is faster depends on the head dim, by up to 5 % (docs/performance-log.md, "Rescaling").
+    """
+
+    by_row = enum.auto()
+    """A row after the other; its sum goes on from the rescaled one."""
+    maxima_first = enum.auto()
+    """Both maxima, then the exponentials; sums go on from the rescaled ones."""
+    sums_last = enum.auto()
+    """Both maxima, then the exponentials; their sum is added to the rescaled one."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Tuning of one variant: nothing here changes a result by more than rounding."""
@@ -282,6 +297,8 @@ class Tiles:
     q_stages: int = 0
     """Forward: with two, the next tile's q is there when this one is done."""
     epilogue: Epilogue = Epilogue.own
+    """Forward."""
+    softmax: Softmax = Softmax.by_row
     """Forward."""
     k_stages: int = 0
     """Backward: with two, the next key tile's k is loaded before this one is done."""
@@ -391,7 +408,7 @@ def _by_keys(tile_m: int) -> Tiles:
     )
 
 
-def _rows(tile_m: int, tile_n: int, q_stages: int, epilogue: Epilogue) -> Tiles:
+def _rows(tile_m: int, tile_n: int, q_stages: int, epilogue: Epilogue, softmax: Softmax) -> Tiles:
     """A forward."""
     mma_warpgroups = tile_m // 64
     return Tiles(
@@ -401,16 +418,17 @@ def _rows(tile_m: int, tile_n: int, q_stages: int, epilogue: Epilogue) -> Tiles:
         mma_warpgroups=mma_warpgroups,
         q_stages=q_stages,
         epilogue=epilogue,
+        softmax=softmax,
     )
 
 
 _FORWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
-    64: _rows(192, 128, 2, Epilogue.own),
-    96: _rows(128, 128, 2, Epilogue.registers),
-    128: _rows(128, 128, 2, Epilogue.own),
-    (192, 128): _rows(128, 128, 1, Epilogue.registers),
-    192: _rows(128, 96, 1, Epilogue.registers),
-    256: _rows(128, 80, 1, Epilogue.registers),
+    64: _rows(192, 128, 2, Epilogue.own, Softmax.maxima_first),
+    96: _rows(128, 128, 2, Epilogue.registers, Softmax.by_row),
+    128: _rows(128, 128, 2, Epilogue.own, Softmax.maxima_first),
+    (192, 128): _rows(128, 128, 1, Epilogue.registers, Softmax.maxima_first),
+    192: _rows(128, 96, 1, Epilogue.registers, Softmax.by_row),
+    256: _rows(128, 80, 1, Epilogue.registers, Softmax.sums_last),
 }
 
 _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {

@@ -189,6 +189,7 @@ class ForwardSm90:
         self.threads = (self.warpgroups + 1) * WARPGROUP
         self.registers = register_split(self.warpgroups)
         self.q_stages, self.epilogue = variant.tiles.q_stages, variant.tiles.epilogue
+        self.softmax = variant.tiles.softmax
         assert self.tile_m == GROUP_ROWS * self.warpgroups, "a warpgroup owns 64 query rows"
         assert self.epilogue is not Epilogue.over_q or (
             self.head_dim_v <= self.head_dim and self.q_stages == 1
@@ -476,7 +477,7 @@ class ForwardSm90:
                 self.cap(scores, problem)
                 if blocks.needs_mask(blocks.end - 1):
                     self.mask(scores, coords, seen, (tile.m_block, blocks.end - 1), problem)
-                online_softmax(softmax, rows_and_columns(scores), scale_log2)
+                online_softmax(softmax, rows_and_columns(scores), scale_log2, self.softmax)
                 probabilities = to_16_bit(scores, self.dtype)
                 p_operand = as_a_operand(probabilities)
                 k_is_full, v_is_full = k_consumer.try_wait(), v_consumer.try_wait()
@@ -499,7 +500,7 @@ class ForwardSm90:
                         if const_expr(masked):
                             place = (tile.m_block, end - 1 - i)
                             self.mask(scores, coords, seen, place, problem)
-                        online_softmax(softmax, rows_and_columns(scores), scale_log2)
+                        online_softmax(softmax, rows_and_columns(scores), scale_log2, self.softmax)
                         warpgroup.wait_group(0)
                         v_slot.release()
                         rescale(acc_rows, softmax.decay)

@@ -10,8 +10,9 @@ import math
 from typing import NamedTuple
 
 import cutlass
-from cutlass import Float32, cute
+from cutlass import Float32, const_expr, cute
 
+from fa4_jax._variants import Softmax
 from kernels.common.mask import Intervals
 from kernels.common.mma_sm90 import LANES_PER_ROW
 
@@ -50,28 +51,47 @@ def row_maximum(scores: cute.Tensor, row: int, initial: Float32) -> Float32:
 
 
 @cute.jit
-def online_softmax(state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float32):
+def online_softmax(
+    state: OnlineSoftmax, scores: cute.Tensor, scale_log2: Float32, order: cutlass.Constexpr
+):
     """scores (rows, columns), raw q k^T with -inf where masked -> exp2(scale_log2 * (scores -
     maximum)).
 
     Updates the state and leaves in `state.decay` the factor for everything accumulated so far.
+    `order` is the variant's `Softmax`.
     """
-    shifts = []
-    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
-        new_max = row_maximum(scores, r, state.row_max[r])
-        # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
-        shift = Float32(0.0) if new_max == -Float32.inf else new_max * -scale_log2
-        # Sums, not differences: only those become fma in the PTX, and ptxas would fuse either.
-        state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 + shift, fastmath=True)
-        state.row_max[r] = new_max
-        shifts.append(shift)
-    for r in cutlass.range_constexpr(cute.size(scores, mode=[0])):
+    rows = cute.size(scores, mode=[0])
+    shifts = [Float32(0.0)] * rows
+    if const_expr(order is not Softmax.by_row):
+        for r in cutlass.range_constexpr(rows):
+            shifts[r] = _raise_maximum(state, scores, r, scale_log2)
+    for r in cutlass.range_constexpr(rows):
+        if const_expr(order is Softmax.by_row):
+            shifts[r] = _raise_maximum(state, scores, r, scale_log2)
         probabilities = cute.math.exp2(
             scores[r, None].load() * scale_log2 + shifts[r], fastmath=True
         )
         scores[r, None].store(probabilities)
         before = state.row_sum[r] * state.decay[r]
-        state.row_sum[r] = probabilities.reduce(cute.ReductionOp.ADD, before, 0)
+        if const_expr(order is Softmax.sums_last):
+            total = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0) + before
+        else:
+            total = probabilities.reduce(cute.ReductionOp.ADD, before, 0)
+        state.row_sum[r] = total
+
+
+@cute.jit
+def _raise_maximum(
+    state: OnlineSoftmax, scores: cute.Tensor, r: cutlass.Constexpr, scale_log2: Float32
+) -> Float32:
+    """Take row r of `scores` into the maximum; returns the summand of its exponents."""
+    new_max = row_maximum(scores, r, state.row_max[r])
+    # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
+    shift = Float32(0.0) if new_max == -Float32.inf else new_max * -scale_log2
+    # Sums, not differences: only those become fma in the PTX, and ptxas would fuse either.
+    state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 + shift, fastmath=True)
+    state.row_max[r] = new_max
+    return shift
 
 
 @cute.jit
