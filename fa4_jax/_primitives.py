@@ -49,24 +49,11 @@ _SCALAR_TYPES = {"f32": np.float32, "i32": np.int32}
 def forward(spec: AttentionSpec, q: Array, k: Array, v: Array, extras: Extras) -> Sequence[Array]:
     """out and lse, as `_reference.forward`, but neither a bias nor a mask. On any mesh."""
     names, operands = _given(extras, ("kv_start", "kv_end", "sinks"))
-    layout = _forward_layout(names)
-    if extras.sinks is not None and extras.sinks.ndim == 1:
-        layout = dataclasses.replace(layout, operands=(*layout.operands[:-1], "N"))
-    return _sharding.over_explicit_axes(_forward, layout, (spec, names), q, k, v, *operands)
-
-
-def _forward(
-    spec: AttentionSpec, names: tuple[str, ...], q: Array, k: Array, v: Array, *operands: Array
-) -> Sequence[Array]:
-    if "sinks" in names:
-        *rest, sinks = operands
-        # One for each batch entry, because batching folds a mapped axis into the batch. Made from
-        # q, which it has to be sharded and to vary like.
-        like = q[:, :1, :, 0].sum(1)
-        operands = (*rest, jnp.zeros_like(like, jnp.float32) + sinks)
-    return _sharding.bind(
-        forward_partitioned_p, forward_p, q, k, v, *operands, spec=spec, extras=names
-    )
+    if extras.sinks is not None:
+        # For each batch entry, because batching folds a mapped axis into the batch.
+        sinks = extras.sinks.astype(jnp.float32)
+        operands[-1] = jnp.broadcast_to(sinks, (q.shape[0], q.shape[2]))
+    return _FORWARD.bind(q, k, v, *operands, spec=spec, extras=names)
 
 
 def backward(
@@ -79,16 +66,8 @@ def backward(
     """dq, dk and dv, as `_reference.backward`, but neither for a bias nor for a mask. On any
     mesh."""
     names, interval = _given(extras, ("kv_start", "kv_end"))
-    return _sharding.over_explicit_axes(
-        _backward,
-        _backward_layout(names),
-        (spec, names),
-        *(*operands, *residuals, *cotangents, *interval),
-    )
-
-
-def _backward(spec: AttentionSpec, names: tuple[str, ...], *operands: Array) -> Sequence[Array]:
-    return _sharding.bind(backward_partitioned_p, backward_p, *operands, spec=spec, extras=names)
+    arrays = (*operands, *residuals, *cotangents, *interval)
+    return _BACKWARD.bind(*arrays, spec=spec, extras=names)
 
 
 def _forward_layout(extras: tuple[str, ...]) -> Layout:
@@ -229,7 +208,7 @@ class _Problem:
         """The type of `buffer`. Built from q's, it varies over the same manual mesh axes as q."""
         shape = tuple(self.sizes[letter] for letter in buffer.dims)
         dtype = np.dtype(buffer.dtype.numpy_name) if buffer.dtype else self.like.dtype
-        return _sharding.whole_like(self.like, shape, dtype)
+        return _sharding.typed_like(self.like, shape, dtype=dtype)
 
     def launch(
         self,
@@ -434,9 +413,5 @@ def _define(
 _define(forward_p, _forward_abstract, _forward_kernels, _forward_reference)
 _define(backward_p, _backward_abstract, _backward_kernels, _backward_reference)
 
-forward_partitioned_p = _sharding.define(
-    "fa4_forward_partitioned", forward_p, _forward_abstract, _forward_layout, _REASONS
-)
-backward_partitioned_p = _sharding.define(
-    "fa4_backward_partitioned", backward_p, _backward_abstract, _backward_layout, _REASONS
-)
+_FORWARD = _sharding.Op(forward_p, _forward_abstract, _forward_layout, _REASONS)
+_BACKWARD = _sharding.Op(backward_p, _backward_abstract, _backward_layout, _REASONS)

@@ -3,21 +3,21 @@
 
 Batch entries and key/value heads are independent, so a device that has some of them needs nothing
 of another. Query heads may be split finer than key/value heads: a device then takes the key/value
-heads that its query heads use, and gradients of those are summed over the devices that share them.
+heads that its query heads use, and their gradients are summed over the devices that share them.
 Operands that are sharded over a length or a head dim are gathered first, with a `ShardingWarning`.
 
-Two routes lead there, chosen by the types of the mesh's axes:
+`Op` stands for a call until its shardings are known, and `_local` is what each device then does.
+Two routes lead there, by the types of the mesh's axes:
 
-* Auto axes: shardings aren't known before XLA's partitioner runs. A primitive made by `define`
-  stands for the call until then; its lowering is `custom_partitioning` with a Shardy rule, and on
-  one device or inside `shard_map` it is the local primitive, with nothing in between. The rule
-  gives factors of length and head dim as "needing replication", but that only keeps them from
-  being propagated: it is `_partition` that says what a device gets.
-* Explicit axes: types carry shardings, so `over_explicit_axes` is a `shard_map`, which keeps them,
-  exports for several devices, and is cached between processes. `custom_partitioning` does none of
-  these (its configuration is the address of a Python object).
+* Auto: XLA's partitioner decides. `custom_partitioning` with a Shardy rule has it ask `_partition`
+  what a device gets. The rule gives factors of length and head dim as needing replication, which
+  keeps them from being propagated but doesn't gather them: `_partition` does. On one device and
+  inside `shard_map` nothing of this is in the program.
+* Explicit: types carry shardings, so it is a `shard_map`. `custom_partitioning` would lose them,
+  can't be exported, and misses the persistent compilation cache: the address of a Python object is
+  part of the program.
 
-Both run `_local` on a device.
+A mesh with both goes the second way, and then the first.
 """
 
 from __future__ import annotations
@@ -33,26 +33,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+# What `custom_partitioning` needs of a primitive that lowers to it. There is no public name.
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fa4_jax._reference import caller_level
+from fa4_jax._varying import match_varying
 
 Axes = tuple[str, ...]
 
-BATCH, HEADS, KV_HEADS = "B", "N", "K"
-_WHOLE = {"T": "query length", "S": "key length", "D": "head_dim", "V": "v's head_dim"}
+BATCH, HEADS, KV_HEADS, QUERY_LENGTH = "B", "N", "K", "T"
+_WHOLE = {
+    QUERY_LENGTH: "query length",
+    "S": "key length",
+    "D": "head_dim",
+    "V": "v's head_dim",
+}
 """What a device needs whole."""
 
 
 class ShardingWarning(UserWarning):
-    """Attention runs on operands that have to be gathered first: their sharding doesn't split its
-    work."""
+    """Operands have to be gathered first: their sharding doesn't split attention's work."""
 
 
 _warned: set[str] = set()
@@ -62,77 +69,274 @@ _warned: set[str] = set()
 class Layout:
     """The dimensions of a call's operands and results, by the letters of `_variants`.
 
-    The first operand is q. Each has one batch dimension, or as many as `vmap` made of it.
+    Each begins with the batch, which is as many dimensions as `vmap` has made of it; the first
+    operand is q.
     """
 
     operands: tuple[str, ...]
     results: tuple[str, ...]
 
+    def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+        """Of all dimensions but the batch, by letter; `shapes` are the operands'."""
+        sizes: dict[str, int] = {}
+        for dims, shape in zip(self.operands, shapes, strict=True):
+            sizes |= dict(zip(dims[:0:-1], reversed(shape), strict=False))
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """A primitive on any mesh.
+
+    `local` is the primitive; it runs on one device, with one batch dimension. Its parameters are
+    `spec` and `extras`, and `layout` is a function of the latter. `abstract` is its abstract
+    evaluation. `checks` are called with the lowering context and `spec` when a platform (None: any
+    other) is lowered for: what is lowered inside the partitioner can't raise well.
+    """
+
+    local: Primitive
+    abstract: Callable[..., Sequence[ShapedArray]]
+    layout: Callable[[tuple[str, ...]], Layout]
+    checks: Mapping[str | None, Callable]
+
+    def bind(self, *operands: Array, spec: Any, extras: tuple) -> Sequence[Array]:
+        """The call. Programs without devices (on an `AbstractMesh`) lower where no axis is Auto."""
+        kinds = _mesh([jax.typeof(x) for x in operands]).axis_types
+        if kinds and all(kind == AxisType.Manual for kind in kinds):
+            return self._fold(spec, extras, *operands)
+        is_auto = not kinds or AxisType.Auto in kinds
+        primitive = self.auto if is_auto else self.explicit
+        return primitive.bind(*operands, spec=spec, extras=extras)
+
+    @functools.cached_property
+    def auto(self) -> Primitive:
+        """Where the partitioner may have to split it; its lowering asks for devices."""
+        primitive = self._define("auto")
+        prim_requires_devices_during_lowering.add(primitive)
+        return primitive
+
+    @functools.cached_property
+    def explicit(self) -> Primitive:
+        """Where types say how it is split."""
+        return self._define("explicit")
+
+    def _define(self, suffix: str) -> Primitive:
+        primitive = Primitive(f"{self.local.name}_{suffix}")
+        primitive.multiple_results = True
+        primitive.def_abstract_eval(self._result_types)
+        # Outside jit, a call is a jitted one: compiled once for each shape and spec.
+        primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "extras")))
+        for platform, check in self.checks.items():
+            rule = functools.partial(self._lower, check)
+            mlir.register_lowering(primitive, rule, platform=platform)
+        batching.primitive_batchers[primitive] = functools.partial(_lead_with_mapped, primitive)
+        return primitive
+
+    def _result_types(self, *avals: ShapedArray, spec: Any, extras: tuple) -> list[ShapedArray]:
+        lead = avals[0].shape[:-3]
+        folded = (typed_like(x, (math.prod(lead), *x.shape[len(lead) :])) for x in avals)
+        results = self.abstract(*folded, spec=spec, extras=extras)
+        placement = _Explicit.of(self.layout(extras), avals)
+        if placement:
+            placement.warn()
+        return [
+            typed_like(x, (*lead, *x.shape[1:]), placement and placement.result(dims))
+            for x, dims in zip(results, self.layout(extras).results, strict=True)
+        ]
+
+    def _lower(
+        self, check: Callable, ctx: mlir.LoweringRuleContext, *operands, spec: Any, extras: tuple
+    ):
+        check(ctx, spec)
+        module = ctx.module_context
+        if AxisType.Explicit in _mesh(ctx.avals_in).axis_types:
+            chosen = self._over_explicit_axes
+        elif module.lowering_parameters.for_export or not _has_devices(module.axis_context):
+            chosen = self._fold
+            _warn_of_unpartitioned(module.axis_context)
+        else:
+            chosen = self._partitioned
+        lower = mlir.lower_fun(functools.partial(chosen, spec, extras), multiple_results=True)
+        return lower(ctx, *operands)
+
+    @functools.cached_property
+    def _partitioned(self) -> Callable:
+        partitioned = custom_partitioning(self._fold, static_argnums=(0, 1))
+        partitioned.def_partition(
+            functools.partial(_partition, self),
+            decode_shardings=False,
+            sharding_rule=functools.partial(_shardy_rule, self),
+        )
+        return partitioned
+
+    def _fold(self, spec: Any, extras: tuple, *operands: Array) -> tuple[Array, ...]:
+        """`local`, with the batch dimensions as one."""
+        lead = operands[0].shape[:-3]
+        folded = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in operands)
+        results = self.local.bind(*folded, spec=spec, extras=extras)
+        return tuple(x.reshape(*lead, *x.shape[1:]) for x in results)
+
+    def _over_explicit_axes(self, spec: Any, extras: tuple, *operands: Array) -> tuple[Array, ...]:
+        layout = self.layout(extras)
+        placement = _Explicit.of(layout, [jax.typeof(x) for x in operands])
+        assert placement
+        mesh, split = placement.mesh, placement.split
+
+        def put(x: Array, spec: P) -> Array:
+            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+        in_specs = tuple(map(split.spec, layout.operands))
+
+        def function(*operands: Array) -> Sequence[Array]:
+            return self.bind(*match_varying(operands), spec=spec, extras=extras)
+
+        mapped = jax.shard_map(
+            functools.partial(_local, function, layout, split, placement.ratio),
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=tuple(map(split.spec, layout.results)),
+            axis_names=_names(mesh, AxisType.Explicit),
+        )
+        results = mapped(*map(put, operands, in_specs))
+        return tuple(
+            put(x, placement.result(dims)) for x, dims in zip(results, layout.results, strict=True)
+        )
+
+
+def typed_like(
+    aval: ShapedArray,
+    shape: Sequence[int],
+    spec: P | None = None,
+    dtype: np.dtype | None = None,
+    mesh: Any = None,
+) -> ShapedArray:
+    """The type of an array that varies over the same manual mesh axes as `aval`; without `spec`,
+    no Explicit axis splits it."""
+    spec = P(*[None] * len(shape)) if spec is None else spec
+    return aval.update(
+        shape=tuple(shape),
+        dtype=dtype or aval.dtype,
+        weak_type=False,
+        sharding=NamedSharding(mesh or aval.sharding.mesh, spec),
+    )
+
+
+def check_varying(name: str, *avals: ShapedArray) -> None:
+    """ValueError unless operands vary over the same manual axes."""
+    if len({aval.manual_axis_type.varying for aval in avals}) > 1:
+        raise ValueError(f"fa4_jax: operands of {name} vary over different mesh axes: {avals}")
+
+
+def _lead_with_mapped(primitive: Primitive, operands, axes, **parameters):
+    """vmap: the mapped axis is one more batch dimension, the first."""
+    mapped = ((x, axis) for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    like, like_axis = next(mapped)
+    size, sharding = like.shape[like_axis], jax.typeof(like).sharding
+    is_explicit = AxisType.Explicit in sharding.mesh.axis_types
+
+    def lead(x: Array, axis: int | None) -> Array:
+        if axis is not None:
+            return jnp.moveaxis(x, axis, 0)
+        spec = P(sharding.spec[like_axis], *jax.typeof(x).sharding.spec)
+        to = NamedSharding(sharding.mesh, spec) if is_explicit else None
+        return lax.broadcast(x, (size,), out_sharding=to)
+
+    results = primitive.bind(*map(lead, operands, axes), **parameters)
+    return results, [0] * len(results)
+
+
+# --- What a mesh splits, and what a device does.
+# -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sharded:
+    """The mesh axes that split each dimension of an array; None where they aren't whole axes.
+
+    `dims` has one letter for the batch, which may be several dimensions.
+    """
+
+    dims: str
+    axes: tuple[Axes | None, ...]
+
+    @property
+    def batch(self) -> tuple[Axes | None, ...]:
+        return self.axes[: len(self.axes) - len(self.dims) + 1]
+
+    def of(self, letter: str) -> Axes | None:
+        """Of any dimension but the batch; () where there is none."""
+        return self.axes[self.dims.index(letter) - len(self.dims)] if letter in self.dims else ()
+
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Mesh axes that split a call."""
+    """The mesh axes that split a call."""
 
     batch: tuple[Axes, ...]
-    """One entry for each batch dimension."""
     kv_heads: Axes
     """Split key/value heads, and query heads likewise."""
     group: Axes
     """Split the query heads of a device's key/value heads further."""
 
-    def spec(self, dims: str, length: Sequence[str] = ()) -> P:
-        """Of an operand or a result, on a device's way in or out. With `length`, of one whose query
-        length is split afterwards."""
-        heads = self.kv_heads + self.group
-        axes = {HEADS: heads, KV_HEADS: self.kv_heads, "T": tuple(length)}
-        batch = self.batch if BATCH in dims else ()
-        rest = (axes.get(letter, ()) for letter in dims.removeprefix(BATCH))
-        return P(*(x or None for x in (*batch, *rest)))
+    @classmethod
+    def of(
+        cls,
+        arrays: Sequence[_Sharded],
+        batch: Sequence[int],
+        heads: tuple[int, int],
+        mesh_shape: Mapping[str, int],
+    ) -> _Split:
+        """What the shardings of `arrays` split of a call with these sizes of batch dimensions and
+        numbers of query and key/value heads.
+
+        The first array that says something about a dimension decides. An axis that doesn't divide
+        what is left of a dimension isn't used for it, nor are those after it.
+        """
+        used: set[str] = set()
+
+        def take(size: int, candidates: Iterable[Axes | None]) -> Axes:
+            wanted = next((x for x in candidates if x), ())
+            axes = _dividing(size, [x for x in wanted if x not in used], mesh_shape)
+            used.update(axes)
+            return axes
+
+        batch_axes = [take(size, (x.batch[i] for x in arrays)) for i, size in enumerate(batch)]
+        split_heads = take(heads[0], (x.of(y) for y in (HEADS, KV_HEADS) for x in arrays))
+        kv_heads = _dividing(heads[1], split_heads, mesh_shape)
+        return cls(tuple(batch_axes), kv_heads, split_heads[len(kv_heads) :])
 
     @property
-    def axes(self) -> set[str]:
-        return set().union(*self.batch, self.kv_heads, self.group)
+    def heads(self) -> Axes:
+        return self.kv_heads + self.group
+
+    def spec(self, dims: str, query_length: Axes = ()) -> P:
+        """Of an operand or a result."""
+        axes = {HEADS: self.heads, KV_HEADS: self.kv_heads, QUERY_LENGTH: query_length}
+        return P(*(x or None for x in (*self.batch, *(axes.get(x, ()) for x in dims[1:]))))
+
+    def warn_of_gathers(self, operands: Sequence[_Sharded]) -> None:
+        """Once for each way in which operands don't fit the split."""
+        q = operands[0]
+        unfit = [_WHOLE[x] for x in _WHOLE if any(y.of(x) != () for y in operands)]
+        if any(x not in ((), y) for x, y in zip(q.batch, self.batch, strict=True)):
+            unfit.append("batch (unevenly)")
+        if q.of(HEADS) not in ((), self.heads):
+            unfit.append("query heads (unevenly)")
+        text = (
+            f"operands of attention are sharded over {', '.join(unfit)}, which doesn't "
+            "split its work: they are gathered, and devices repeat each other's work. Shard batch "
+            "or heads; for a sequence that is too long for one device, call "
+            "fa4_jax.context_parallel_attention"
+        )
+        if unfit:
+            _warn(text)
 
 
-_Sharded = Sequence[tuple[str, Sequence[Axes | None]]]
-"""Arrays' dimensions and the mesh axes of each. None: not whole axes, as far as is known."""
-
-
-def _split(
-    arrays: _Sharded, sizes: Mapping[str, int], mesh_shape: Mapping[str, int], has_groups: bool
-) -> _Split:
-    """What the shardings of `arrays`, of which the first counts most, leave to split.
-
-    An axis that doesn't divide what it splits is left out, with all that follow it. `sizes` are
-    those of q's dimensions by position and of the heads by letter. Without `has_groups`, heads that
-    would have to be summed are left out, too.
-    """
-    used: set[str] = set()
-
-    def take(size: int, axes: Axes) -> Axes:
-        axes = _dividing(size, [x for x in axes if x not in used], mesh_shape)
-        used.update(axes)
-        return axes
-
-    num_batch = len(arrays[0][1]) - len(arrays[0][0]) + 1
-    batch = [
-        take(sizes[f"{BATCH}{i}"], _first(axes[i] for dims, axes in arrays if BATCH in dims))
-        for i in range(num_batch)
-    ]
-    heads = _first(
-        axes[dims.index(letter) - len(dims)]
-        for letter in (HEADS, KV_HEADS)
-        for dims, axes in arrays
-        if letter in dims
-    )
-    heads = take(sizes[HEADS], heads)
-    kv_heads = _dividing(sizes[KV_HEADS], heads, mesh_shape)
-    group = heads[len(kv_heads) :] if has_groups else ()
-    return _Split(tuple(batch), kv_heads, group)
-
-
-def _first(candidates: Iterable[Axes | None]) -> Axes:
-    return next((axes for axes in candidates if axes), ())
+def _warn(text: str) -> None:
+    """Once for each text."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(f"fa4_jax: {text}", ShardingWarning, stacklevel=caller_level())
 
 
 def _dividing(size: int, axes: Sequence[str], mesh_shape: Mapping[str, int]) -> Axes:
@@ -143,16 +347,6 @@ def _dividing(size: int, axes: Sequence[str], mesh_shape: Mapping[str, int]) -> 
         if size % count:
             return tuple(axes[:i])
     return tuple(axes)
-
-
-def _sizes(layout: Layout, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-    """By letter, and of batch dimensions by letter and position."""
-    num_batch = len(shapes[0]) - len(layout.operands[0]) + 1
-    sizes = {f"{BATCH}{i}": shapes[0][i] for i in range(num_batch)}
-    for dims, shape in zip(layout.operands, shapes, strict=True):
-        rest = dims.removeprefix(BATCH)
-        sizes |= dict(zip(rest, shape[-len(rest) :], strict=True))
-    return sizes
 
 
 def _local(
@@ -190,196 +384,159 @@ def _kv_heads_of_device(group: Axes, num_heads: int, ratio: int) -> Array:
     return (first + jnp.arange(count)) // ratio
 
 
-def define(
-    name: str,
-    local: Primitive,
-    abstract: Callable[..., Sequence[ShapedArray]],
-    layout: Callable[[tuple[str, ...]], Layout],
-    checks: Mapping[str | None, Callable],
-) -> Primitive:
-    """A primitive `name` that is `local`, partitioned over Auto axes.
-
-    Its operands may have any number of batch dimensions, so that each can be sharded; `local` gets
-    one, whose abstract evaluation is `abstract`. Its parameters are `local`'s: `spec`, and
-    `extras`, of which `layout` is a function. `checks` are called with the lowering context and
-    `spec` when a platform (None: any other) is lowered for: what runs inside the partitioner can't
-    raise well.
-    """
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    prim_requires_devices_during_lowering.add(primitive)
-
-    def abstract_evaluation(*avals: ShapedArray, **parameters: Any) -> list[ShapedArray]:
-        lead = avals[0].shape[:-3]
-        folded = (whole_like(x, (math.prod(lead), *x.shape[len(lead) :])) for x in avals)
-        results = abstract(*folded, **parameters)
-        return [whole_like(x, (*lead, *x.shape[1:])) for x in results]
-
-    def fold(spec: Any, extras: tuple, *operands: Array) -> tuple[Array, ...]:
-        """`local`, with the batch dimensions as one."""
-        lead = operands[0].shape[:-3]
-        folded = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in operands)
-        results = local.bind(*folded, spec=spec, extras=extras)
-        return tuple(x.reshape(*lead, *x.shape[1:]) for x in results)
-
-    partitioned = custom_partitioning(fold, static_argnums=(0, 1))
-    partitioned.def_partition(
-        functools.partial(_partition, layout, fold),
-        decode_shardings=False,
-        sharding_rule=functools.partial(_shardy_rule, layout),
-    )
-
-    def rule(check: Callable, ctx: mlir.LoweringRuleContext, *operands, spec: Any, extras: tuple):
-        check(ctx, spec)
-        # An exported program can't hold the partitioner's callbacks. XLA replicates what it has
-        # no rule for.
-        exporting = ctx.module_context.lowering_parameters.for_export
-        chosen = fold if exporting else partitioned
-        lower = mlir.lower_fun(functools.partial(chosen, spec, extras), multiple_results=True)
-        return lower(ctx, *operands)
-
-    primitive.def_abstract_eval(abstract_evaluation)
-    # Outside jit, a call is a jitted one: compiled once for each shape and spec.
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "extras")))
-    for platform, check in checks.items():
-        mlir.register_lowering(primitive, functools.partial(rule, check), platform=platform)
-    batching.primitive_batchers[primitive] = functools.partial(_add_batch_dimension, primitive)
-    return primitive
+# --- Explicit axes.
+# ------------------
 
 
-def check_varying(name: str, *avals: ShapedArray) -> None:
-    """ValueError unless operands vary over the same manual axes."""
-    if len({aval.manual_axis_type.varying for aval in avals}) > 1:
-        raise ValueError(f"fa4_jax: operands of {name} vary over different mesh axes: {avals}")
+@dataclasses.dataclass(frozen=True)
+class _Explicit:
+    """How the types of operands split a call."""
+
+    mesh: Any
+    layout: Layout
+    operands: tuple[_Sharded, ...]
+    split: _Split
+    ratio: int
+    """Query heads to each key/value head."""
+
+    @classmethod
+    def of(cls, layout: Layout, avals: Sequence[ShapedArray]) -> _Explicit | None:
+        """None without Explicit axes."""
+        mesh = _mesh(avals)
+        if AxisType.Explicit not in mesh.axis_types:
+            return None
+        operands = tuple(
+            _Sharded(dims, tuple(map(_axes, x.sharding.spec)))
+            for dims, x in zip(layout.operands, avals, strict=True)
+        )
+        sizes = layout.sizes([x.shape for x in avals])
+        heads = sizes[HEADS], sizes[KV_HEADS]
+        split = _Split.of(operands, avals[0].shape[:-3], heads, mesh.shape)
+        return cls(mesh, layout, operands, split, heads[0] // heads[1])
+
+    def result(self, dims: str) -> P:
+        """A gradient is sharded as what it is of. Any other result's query length is split as q's,
+        though the work isn't, so that it fits what else has q's type."""
+        if dims in self.layout.operands:
+            axes = self.operands[self.layout.operands.index(dims)].axes
+            return P(*(x or None for x in axes))
+        used = {*self.split.heads}.union(*self.split.batch)
+        query_length = self.operands[0].of(QUERY_LENGTH) or ()
+        return self.split.spec(dims, () if used & {*query_length} else query_length)
+
+    def warn(self) -> None:
+        self.split.warn_of_gathers(self.operands)
 
 
-def whole_like(
-    aval: ShapedArray, shape: Sequence[int], dtype: np.dtype | None = None
-) -> ShapedArray:
-    """The type of an array that no Explicit axis splits, and that varies over the same manual axes
-    as `aval`."""
-    return aval.update(
-        shape=tuple(shape),
-        dtype=dtype or aval.dtype,
-        weak_type=False,
-        sharding=NamedSharding(aval.sharding.mesh, P(*[None] * len(shape))),
-    )
+def match_sharding(x: Array, like: Array) -> Array:
+    """`x`, sharded over Explicit axes as `like`, of which it is the gradient."""
+    sharding = jax.typeof(like).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, sharding)
 
 
-def bind(partitioned: Primitive, local: Primitive, *operands: Array, **parameters: Any):
-    """`partitioned`, made by `define`; `local` where every mesh axis is manual, so that programs
-    without devices (on an `AbstractMesh`) lower."""
-    mesh = jax.typeof(operands[0]).sharding.mesh
-    is_manual = mesh.axis_types and all(x == AxisType.Manual for x in mesh.axis_types)
-    return (local if is_manual else partitioned).bind(*operands, **parameters)
+def _mesh(avals: Sequence[Any]) -> Any:
+    """The mesh that types name: a constant may name none."""
+    meshes = [x.sharding.mesh for x in avals]
+    return next((mesh for mesh in meshes if mesh.axis_types), meshes[0])
 
 
-def _add_batch_dimension(primitive: Primitive, operands, axes, **parameters):
-    """vmap: the mapped axis leads."""
-    mapped = ((x, axis) for x, axis in zip(operands, axes, strict=True) if axis is not None)
-    size = next(x.shape[axis] for x, axis in mapped)
+def _names(mesh: Any, kind: AxisType) -> set[str]:
+    return {name for name, x in zip(mesh.axis_names, mesh.axis_types, strict=True) if x == kind}
 
-    def lead(x: Array, axis: int | None) -> Array:
-        return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
 
-    results = primitive.bind(*map(lead, operands, axes), **parameters)
-    return results, [0] * len(results)
+def _axes(entry: Any) -> Axes:
+    """Of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+# --- Auto axes.
+# --------------
+
+
+def _has_devices(axis_context: Any) -> bool:
+    """Whether the partitioner's callbacks can know them: they can't in a `shard_map` over some axes
+    of an `AbstractMesh`."""
+    return not isinstance(getattr(axis_context, "mesh", None), AbstractMesh)
+
+
+def _warn_of_unpartitioned(axis_context: Any) -> None:
+    mesh = getattr(axis_context, "mesh", None)
+    if (axis_context.num_devices if mesh is None else mesh.size) > 1:
+        _warn(
+            "a call over Auto axes can't be split in a program that is exported, or that has no "
+            "devices: every device computes all of it. Use Explicit axes, jax.set_mesh, or "
+            "jax.shard_map"
+        )
 
 
 def _shardy_rule(
-    layout: Callable, spec: Any, extras: tuple, mesh: Mesh, operands, results
-) -> tuple[str, dict]:
-    """Which dimensions of operands and results are one factor: batch, key/value heads `k`, and the
-    query heads `g` of each."""
-    del spec, mesh
-    dims = layout(extras)
-    sizes = _sizes(dims, [x.shape for x in operands])
-    num_batch = len(operands[0].shape) - 3
-    batch = " ".join(f"b{i}" for i in range(num_batch))
+    op: Op, spec: Any, extras: tuple, mesh: Mesh, operands, results
+) -> tuple[str, dict[str, Any]]:
+    """Which dimensions are one factor: each of the batch, key/value heads `k`, and the query heads
+    `n` of each of these."""
+    del spec, mesh, results
+    layout = op.layout(extras)
+    sizes = layout.sizes([x.shape for x in operands])
     kv_heads, ratio = sizes[KV_HEADS], sizes[HEADS] // sizes[KV_HEADS]
-    options: dict[str, Any] = {}
-    heads = {(True, False): "k", (False, True): "g", (False, False): "k"}.get(
-        (kv_heads > 1, ratio > 1), "(k g)"
-    )
-    if heads == "(k g)":
-        options["g"] = ratio
-    letters = {HEADS: heads, KV_HEADS: "k"}
+    heads = "k" if ratio == 1 else "n" if kv_heads == 1 else "(k n)"
+    batch = [f"b{i}" for i in range(len(operands[0].shape) - 3)]
 
     def text(arrays: Sequence[str]) -> str:
-        names = (" ".join(letters.get(x, x.lower()) for x in dims[1:]) for dims in arrays)
-        return ", ".join(f"{batch} {x}" for x in names)
+        factors = ((heads if x == HEADS else x.lower() for x in dims[1:]) for dims in arrays)
+        return ", ".join(" ".join((*batch, *x)) for x in factors)
 
-    # In the order of their first appearance, which Shardy's verifier asks for.
-    whole = dict.fromkeys(x.lower() for array in dims.operands for x in array if x in _WHOLE)
-    options["need_replication_factors"] = tuple(whole)
-    return f"{text(dims.operands)} -> {text(dims.results)}", options
+    # In the order of their first appearance, as Shardy's verifier wants it.
+    whole = dict.fromkeys(x.lower() for dims in layout.operands for x in dims if x in _WHOLE)
+    options: dict[str, Any] = {"need_replication_factors": tuple(whole)}
+    if heads == "(k n)":
+        options["n"] = ratio
+    return f"{text(layout.operands)} -> {text(layout.results)}", options
 
 
-def _partition(
-    layout: Callable, fold: Callable, spec: Any, extras: tuple, mesh: Mesh, operands, results
-):
-    """custom_partitioning's callback: the program of one device and what it has of each array.
+def _partition(op: Op, spec: Any, extras: tuple, mesh: Mesh, operands, results):
+    """`custom_partitioning`'s callback: a device's program, and what it has of each array.
 
-    Propagation may have split anything by parts of mesh axes, and in a partly manual mesh only the
-    rest of it is here. So axes are prime factors of the number of devices, in their order.
+    Propagation may split by parts of mesh axes. So here an axis is a prime factor of a mesh axis,
+    or of the number of devices where the mesh isn't known: in a mesh with manual axes, XLA asks
+    for the others alone.
     """
-    dims = layout(extras)
-    tiles = [_tiles(x.sharding, len(x.shape)) for x in (*operands, *results)]
-    num_devices = max(len(x) for x in tiles)
+    layout = op.layout(extras)
+    arrays = (*operands, *results)
+    tiles = [_tiles(x.sharding, len(x.shape)) for x in arrays]
+    num_devices = max(map(len, tiles))
     is_whole = mesh.size == num_devices
-    factors = _prime_factors(mesh.axis_sizes if is_whole else (num_devices,))
-    names = tuple(f"axis{i}" for i in range(len(factors)))
-    devices = mesh.devices.flat if is_whole else operands[0].sharding.device_set
-    mesh = Mesh(np.array(list(devices)[:num_devices]).reshape(factors), names)
-    arrays = [
-        (x, _decode(positions, mesh))
-        for x, positions in zip((*dims.operands, *dims.results), tiles, strict=True)
+    mesh = _factored(mesh, operands[0].sharding, num_devices)
+    sharded = [
+        _Sharded(dims, _decode(x, mesh))
+        for dims, x in zip((*layout.operands, *layout.results), tiles, strict=True)
     ]
-    sizes = _sizes(dims, [x.shape for x in operands])
-    # A collective here would have to number devices of the whole mesh.
-    split = _split(arrays, sizes, mesh.shape, has_groups=is_whole)
-    _warn_of_gathers(arrays[: len(operands)], split)
+    sizes = layout.sizes([x.shape for x in operands])
+    heads = sizes[HEADS], sizes[KV_HEADS]
+    split = _Split.of(sharded, operands[0].shape[:-3], heads, mesh.shape)
+    if not is_whole:
+        # Adding up a group's gradients would number devices of the whole mesh.
+        split = dataclasses.replace(split, group=())
+    split.warn_of_gathers(sharded[: len(operands)])
 
     def shardings(arrays: Sequence[str]) -> tuple[NamedSharding, ...]:
         return tuple(NamedSharding(mesh, split.spec(x)) for x in arrays)
 
-    function = functools.partial(
-        _local,
-        functools.partial(fold, spec, extras),
-        dims,
-        split,
-        sizes[HEADS] // sizes[KV_HEADS],
-    )
-    return mesh, function, shardings(dims.results), shardings(dims.operands)
+    fold = functools.partial(op._fold, spec, extras)
+    function = functools.partial(_local, fold, layout, split, heads[0] // heads[1])
+    return mesh, function, shardings(layout.results), shardings(layout.operands)
 
 
-def _tiles(sharding: Any, ndim: int) -> np.ndarray:
-    """[devices, ndim]: which part of each dimension a device has, as XLA numbers both."""
-    hlo = sharding._to_xla_hlo_sharding(ndim)
-    if not hlo.is_tiled():
-        return np.zeros((1, ndim), np.int64)
-    sizes = hlo.tile_assignment_dimensions()
-    where = np.empty((math.prod(sizes), len(sizes)), np.int64)
-    where[np.array(hlo.tile_assignment_devices())] = list(np.ndindex(*sizes))
-    return where[:, :ndim]
-
-
-def _decode(tiles: np.ndarray, mesh: Mesh) -> list[Axes | None]:
-    """The axes of `mesh` that split each dimension; None where whole axes don't."""
-    tiles = np.broadcast_to(tiles, (mesh.size, tiles.shape[1]))
-    tiles = tiles.reshape(*mesh.devices.shape, tiles.shape[1])
-    return [_decode_dimension(tiles[..., i], mesh) for i in range(tiles.shape[-1])]
-
-
-def _decode_dimension(tile: np.ndarray, mesh: Mesh) -> Axes | None:
-    reach = [int(np.moveaxis(tile, i, -1)[..., -1].flat[0]) for i in range(tile.ndim)]
-    order = sorted((i for i in range(tile.ndim) if reach[i]), key=lambda i: -reach[i])
-    moved = np.moveaxis(tile, order, range(len(order)))
-    count = math.prod(moved.shape[: len(order)])
-    expected = np.arange(count).reshape(*moved.shape[: len(order)], *[1] * (tile.ndim - len(order)))
-    if not np.array_equal(moved, np.broadcast_to(expected, moved.shape)):
-        return None
-    return tuple(mesh.axis_names[i] for i in order)
+def _factored(mesh: Mesh, sharding: Any, num_devices: int) -> Mesh:
+    """`mesh` with an axis for each prime factor of its own; without a mesh, of `num_devices`."""
+    is_whole = mesh.size == num_devices
+    factors = _prime_factors(mesh.axis_sizes if is_whole else (num_devices,)) or [1]
+    devices = mesh.devices.flat if is_whole else sorted(sharding.device_set, key=lambda x: x.id)
+    devices = np.array(list(devices)[:num_devices]).reshape(factors)
+    return Mesh(devices, tuple(f"axis{i}" for i in range(len(factors))))
 
 
 def _prime_factors(sizes: Sequence[int]) -> list[int]:
@@ -396,102 +553,30 @@ def _prime_factors(sizes: Sequence[int]) -> list[int]:
     return factors
 
 
-def over_explicit_axes(
-    function: Callable, layout: Layout, static: tuple, *operands: Array
-) -> Sequence[Array]:
-    """`function(*static, *operands)`, by each device for what the Explicit axes give it.
-
-    Without such axes, the function as it is.
-    """
-    if _explicit_mesh(operands) is None:
-        return function(*static, *operands)
-    return _over_explicit_axes(function, layout, static, *operands)
-
-
-def _explicit_mesh(operands: Sequence[Array]) -> Any:
-    """The mesh that operands' types name, if it has Explicit axes."""
-    meshes = (jax.typeof(x).sharding.mesh for x in operands)
-    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+def _tiles(sharding: Any, ndim: int) -> np.ndarray:
+    """[devices, ndim]: which part of each dimension a device has, as XLA numbers both."""
+    hlo = sharding._to_xla_hlo_sharding(ndim)
+    if not hlo.is_tiled():
+        return np.zeros((1, ndim), np.int64)
+    sizes = hlo.tile_assignment_dimensions()
+    tiles = np.empty((math.prod(sizes), len(sizes)), np.int64)
+    tiles[np.array(hlo.tile_assignment_devices())] = list(np.ndindex(*sizes))
+    return tiles[:, :ndim]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _over_explicit_axes(
-    function: Callable, layout: Layout, static: tuple, *operands: Array
-) -> tuple[Array, ...]:
-    mesh = _explicit_mesh(operands)
-    specs = [jax.typeof(x).sharding.spec for x in operands]
-    arrays = [(dims, list(map(_axes, x))) for dims, x in zip(layout.operands, specs, strict=True)]
-    sizes = _sizes(layout, [x.shape for x in operands])
-    split = _split(arrays, sizes, mesh.shape, has_groups=True)
-    _warn_of_gathers(arrays, split)
-
-    def put(x: Array, spec: P) -> Array:
-        return jax.sharding.reshard(x, NamedSharding(mesh, spec))
-
-    def result_spec(dims: str) -> P:
-        if dims in layout.operands:  # A gradient has the type of what it is of.
-            return specs[layout.operands.index(dims)]
-        return split.spec(dims, length=[x for x in arrays[0][1][1] if x not in split.axes])
-
-    local = functools.partial(
-        _local,
-        functools.partial(function, *static),
-        layout,
-        split,
-        sizes[HEADS] // sizes[KV_HEADS],
-    )
-    in_specs = tuple(map(split.spec, layout.operands))
-    mapped = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=tuple(map(split.spec, layout.results)),
-        axis_names=_axes_of_type(mesh, AxisType.Explicit),
-    )
-    results = mapped(*map(put, operands, in_specs))
-    return tuple(put(x, result_spec(y)) for x, y in zip(results, layout.results, strict=True))
+def _decode(tiles: np.ndarray, mesh: Mesh) -> tuple[Axes | None, ...]:
+    """The axes of `mesh` that split each dimension."""
+    tiles = np.broadcast_to(tiles, (mesh.size, tiles.shape[1]))
+    return tuple(_decode_dimension(x.reshape(mesh.devices.shape), mesh) for x in tiles.T)
 
 
-def _axes_of_type(mesh: Any, kind: AxisType) -> set[str]:
-    return {name for name, x in zip(mesh.axis_names, mesh.axis_types, strict=True) if x == kind}
-
-
-def _axes(entry: Any) -> Axes:
-    """Of one entry of a PartitionSpec."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
-
-
-def _warn_of_gathers(arrays: _Sharded, split: _Split) -> None:
-    """Once for each way in which operands don't fit the split."""
-    names = [
-        *(_WHOLE[x] for x in _WHOLE if any(_is_sharded(x, array) for array in arrays)),
-        *_left_out(arrays[0], split),
-    ]
-    text = (
-        f"fa4_jax: attention's operands are sharded over {', '.join(names)}, which doesn't split "
-        "its work: they are gathered, and devices repeat each other's work. Shard batch or heads; "
-        "for a sequence that one device can't hold, call fa4_jax.context_parallel_attention."
-    )
-    if names and text not in _warned:
-        _warned.add(text)
-        warnings.warn(text, ShardingWarning, stacklevel=caller_level())
-
-
-def _is_sharded(letter: str, array: tuple[str, Sequence[Axes | None]]) -> bool:
-    dims, axes = array
-    return letter in dims and axes[dims.index(letter) - len(dims)] != ()
-
-
-def _left_out(q: tuple[str, Sequence[Axes | None]], split: _Split) -> list[str]:
-    """Which of q's batch and heads had axes that don't split them evenly."""
-    dims, axes = q
-    kept = {BATCH: split.batch, HEADS: [split.kv_heads + split.group]}
-    had = {BATCH: axes[: len(split.batch)], HEADS: [axes[dims.index(HEADS) - len(dims)]]}
-    names = {BATCH: "batch, unevenly", HEADS: "query heads, unevenly"}
-    return [
-        names[x]
-        for x in names
-        if any(a != b and a != () for a, b in zip(had[x], kept[x], strict=True))
-    ]
+def _decode_dimension(tile: np.ndarray, mesh: Mesh) -> Axes | None:
+    """The axes along which `tile`, a device's part, counts up; None if it does something else."""
+    reach = [np.moveaxis(tile, i, -1)[..., -1].flat[0] for i in range(tile.ndim)]
+    order = sorted((i for i in range(tile.ndim) if reach[i]), key=lambda i: -reach[i])
+    sizes = [tile.shape[i] for i in order]
+    counted = np.arange(math.prod(sizes)).reshape(*sizes, *[1] * (tile.ndim - len(sizes)))
+    moved = np.moveaxis(tile, order, range(len(order)))
+    if not np.array_equal(moved, np.broadcast_to(counted, moved.shape)):
+        return None
+    return tuple(mesh.axis_names[i] for i in order)
