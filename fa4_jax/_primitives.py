@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching, mlir, xla
 
 from fa4_jax import _ffi, _intervals, _reference, _sharding, _variants
 from fa4_jax._intervals import KernelInterval
@@ -163,10 +163,13 @@ def kernel_names(
 
 
 def device_reasons() -> tuple[str, ...]:
-    """Why this process' own GPUs can't run what is built; empty if they can, or if it sees no
-    GPU."""
+    """Why the GPUs that this process knows of can't run what is built; empty if they can, or if
+    there is none.
+
+    Of all processes, so that all of them lower one program the same way.
+    """
     try:
-        devices = jax.local_devices(backend="cuda")
+        devices = jax.devices("cuda")
     except RuntimeError:
         return ()
     built = {"{}.{}".format(*v.arch.compute_capability) for v in _variants.VARIANTS}
@@ -403,7 +406,7 @@ def _define(
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     # Outside jit, a call is a jitted one: compiled once for each shape and spec.
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "extras")))
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     for platform, reasons in _REASONS.items():
         rule = _lowering(reasons, kernels, reference)
         mlir.register_lowering(primitive, rule, platform=platform)

@@ -39,7 +39,7 @@ from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching, mlir, xla
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -125,7 +125,7 @@ class Op:
         primitive.multiple_results = True
         primitive.def_abstract_eval(self._result_types)
         # Outside jit, a call is a jitted one: compiled once for each shape and spec.
-        primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "extras")))
+        primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
         for platform, check in self.checks.items():
             rule = functools.partial(self._lower, check)
             mlir.register_lowering(primitive, rule, platform=platform)
@@ -525,8 +525,12 @@ def _partition(op: Op, spec: Any, extras: tuple, mesh: Mesh, operands, results):
     def shardings(arrays: Sequence[str]) -> tuple[NamedSharding, ...]:
         return tuple(NamedSharding(mesh, split.spec(x)) for x in arrays)
 
-    fold = functools.partial(op._fold, spec, extras)
-    function = functools.partial(_local, fold, layout, split, heads[0] // heads[1])
+    def function(*operands: Array) -> tuple[Array, ...]:
+        # The caller's mesh, in whose context compilation may run, has nothing to say here.
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            fold = functools.partial(op._fold, spec, extras)
+            return _local(fold, layout, split, heads[0] // heads[1], *operands)
+
     return mesh, function, shardings(layout.results), shardings(layout.operands)
 
 
