@@ -84,20 +84,33 @@ class Layout:
         return sizes
 
 
-@dataclasses.dataclass(frozen=True)
 class Op:
-    """A primitive on any mesh.
+    """A primitive on any mesh."""
 
-    `local` is the primitive; it runs on one device, with one batch dimension. Its parameters are
-    `spec` and `extras`, and `layout` is a function of the latter. `abstract` is its abstract
-    evaluation. `checks` are called with the lowering context and `spec` when a platform (None: any
-    other) is lowered for: what is lowered inside the partitioner can't raise well.
-    """
-
-    local: Primitive
-    abstract: Callable[..., Sequence[ShapedArray]]
-    layout: Callable[[tuple[str, ...]], Layout]
-    checks: Mapping[str | None, Callable]
+    def __init__(
+        self,
+        local: Primitive,
+        abstract: Callable[..., Sequence[ShapedArray]],
+        layout: Callable[[tuple[str, ...]], Layout],
+        checks: Mapping[str | None, Callable],
+    ):
+        """`local` is the primitive; it runs on one device, with one batch dimension. Its parameters
+        are `spec` and `extras`, and `layout` is a function of the latter. `abstract` is its
+        abstract evaluation. `checks` are called with the lowering context and `spec` when a
+        platform (None: any other) is lowered for: what XLA's partitioner has lowered can't raise
+        well.
+        """
+        self.local, self.abstract, self.layout, self.checks = local, abstract, layout, checks
+        self._partitioned = custom_partitioning(self._fold, static_argnums=(0, 1))
+        self._partitioned.def_partition(
+            functools.partial(_partition, self),
+            decode_shardings=False,
+            sharding_rule=functools.partial(_shardy_rule, self),
+        )
+        # Where the partitioner may have to split it, so that its lowering asks for devices; and
+        # where types say how it is split.
+        self.auto, self.explicit = self._define("auto"), self._define("explicit")
+        prim_requires_devices_during_lowering.add(self.auto)
 
     def bind(self, *operands: Array, spec: Any, extras: tuple) -> Sequence[Array]:
         """The call. Programs without devices (on an `AbstractMesh`) lower where no axis is Auto."""
@@ -107,18 +120,6 @@ class Op:
         is_auto = not kinds or AxisType.Auto in kinds
         primitive = self.auto if is_auto else self.explicit
         return primitive.bind(*operands, spec=spec, extras=extras)
-
-    @functools.cached_property
-    def auto(self) -> Primitive:
-        """Where the partitioner may have to split it; its lowering asks for devices."""
-        primitive = self._define("auto")
-        prim_requires_devices_during_lowering.add(primitive)
-        return primitive
-
-    @functools.cached_property
-    def explicit(self) -> Primitive:
-        """Where types say how it is split."""
-        return self._define("explicit")
 
     def _define(self, suffix: str) -> Primitive:
         primitive = Primitive(f"{self.local.name}_{suffix}")
@@ -137,11 +138,12 @@ class Op:
         folded = (typed_like(x, (math.prod(lead), *x.shape[len(lead) :])) for x in avals)
         results = self.abstract(*folded, spec=spec, extras=extras)
         placement = _Explicit.of(self.layout(extras), avals)
-        if placement:
-            placement.warn()
+        if placement is None:
+            return [typed_like(x, (*lead, *x.shape[1:])) for x in results]
+        placement.split.warn_of_gathers(placement.operands)
         return [
-            typed_like(x, (*lead, *x.shape[1:]), placement and placement.result(dims))
-            for x, dims in zip(results, self.layout(extras).results, strict=True)
+            typed_like(x, (*lead, *x.shape[1:]), NamedSharding(placement.mesh, spec))
+            for x, spec in zip(results, placement.results, strict=True)
         ]
 
     def _lower(
@@ -158,16 +160,6 @@ class Op:
             chosen = self._partitioned
         lower = mlir.lower_fun(functools.partial(chosen, spec, extras), multiple_results=True)
         return lower(ctx, *operands)
-
-    @functools.cached_property
-    def _partitioned(self) -> Callable:
-        partitioned = custom_partitioning(self._fold, static_argnums=(0, 1))
-        partitioned.def_partition(
-            functools.partial(_partition, self),
-            decode_shardings=False,
-            sharding_rule=functools.partial(_shardy_rule, self),
-        )
-        return partitioned
 
     def _fold(self, spec: Any, extras: tuple, *operands: Array) -> tuple[Array, ...]:
         """`local`, with the batch dimensions as one."""
@@ -198,26 +190,22 @@ class Op:
             axis_names=_names(mesh, AxisType.Explicit),
         )
         results = mapped(*map(put, operands, in_specs))
-        return tuple(
-            put(x, placement.result(dims)) for x, dims in zip(results, layout.results, strict=True)
-        )
+        return tuple(map(put, results, placement.results))
 
 
 def typed_like(
     aval: ShapedArray,
     shape: Sequence[int],
-    spec: P | None = None,
+    sharding: NamedSharding | None = None,
     dtype: np.dtype | None = None,
-    mesh: Any = None,
 ) -> ShapedArray:
-    """The type of an array that varies over the same manual mesh axes as `aval`; without `spec`,
-    no Explicit axis splits it."""
-    spec = P(*[None] * len(shape)) if spec is None else spec
+    """The type of an array that varies over the same manual mesh axes as `aval`; without
+    `sharding`, no Explicit axis splits it."""
     return aval.update(
         shape=tuple(shape),
         dtype=dtype or aval.dtype,
         weak_type=False,
-        sharding=NamedSharding(mesh or aval.sharding.mesh, spec),
+        sharding=sharding or NamedSharding(aval.sharding.mesh, P(*[None] * len(shape))),
     )
 
 
@@ -319,9 +307,9 @@ class _Split:
         q = operands[0]
         unfit = [_WHOLE[x] for x in _WHOLE if any(y.of(x) != () for y in operands)]
         if any(x not in ((), y) for x, y in zip(q.batch, self.batch, strict=True)):
-            unfit.append("batch (unevenly)")
+            unfit.append("batch (not evenly)")
         if q.of(HEADS) not in ((), self.heads):
-            unfit.append("query heads (unevenly)")
+            unfit.append("query heads (not evenly, or too finely)")
         text = (
             f"operands of attention are sharded over {', '.join(unfit)}, which doesn't "
             "split its work: they are gathered, and devices repeat each other's work. Shard batch "
@@ -414,18 +402,15 @@ class _Explicit:
         split = _Split.of(operands, avals[0].shape[:-3], heads, mesh.shape)
         return cls(mesh, layout, operands, split, heads[0] // heads[1])
 
-    def result(self, dims: str) -> P:
+    @property
+    def results(self) -> list[P]:
         """A gradient is sharded as what it is of. Any other result's query length is split as q's,
         though the work isn't, so that it fits what else has q's type."""
-        if dims in self.layout.operands:
-            axes = self.operands[self.layout.operands.index(dims)].axes
-            return P(*(x or None for x in axes))
         used = {*self.split.heads}.union(*self.split.batch)
         query_length = self.operands[0].of(QUERY_LENGTH) or ()
-        return self.split.spec(dims, () if used & {*query_length} else query_length)
-
-    def warn(self) -> None:
-        self.split.warn_of_gathers(self.operands)
+        query_length = () if used & {*query_length} else query_length
+        own = {x.dims: P(*(axes or None for axes in x.axes)) for x in self.operands}
+        return [own.get(x) or self.split.spec(x, query_length) for x in self.layout.results]
 
 
 def match_sharding(x: Array, like: Array) -> Array:
