@@ -461,3 +461,9 @@ def test_nan_is_found(kind) -> None:
     arrays = place(mesh, [q.at[0, 0, 0, 0].set(jnp.nan), k, v], [HEADS_SPLIT] * 3)
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
         jax.jit(forward)(*arrays)
+
+
+def test_pmap() -> None:
+    arrays = [x[:, None] for x in operands()]
+    results = jax.pmap(step)(*arrays)
+    assert_tree_close([x[:, 0] for x in jax.device_get(results)], oracle(*operands()))
