@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fa4_jax._ffi import LibraryError as LibraryError
     from fa4_jax._ffi import register as register
     from fa4_jax._reference import FallbackWarning as FallbackWarning
+    from fa4_jax._sharding import ShardingWarning as ShardingWarning
 
 _HOMES = {
     "Support": "_api",
@@ -33,6 +34,7 @@ _HOMES = {
     "LibraryError": "_ffi",
     "register": "_ffi",
     "FallbackWarning": "_reference",
+    "ShardingWarning": "_sharding",
 }
 
 

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fa4_jax import _primitives, _reference
 from fa4_jax._reference import NO_EXTRAS, Extras
+from fa4_jax._sharding import match_sharding
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._varying import match_varying
 
@@ -87,7 +88,7 @@ def _dsinks(sinks: Array | None, out: Array, lse: Array, dout: Array, dlse: Arra
     dpsum = jnp.einsum("btnv,btnv->bnt", *(x.astype(lse.dtype) for x in (out, dout))) - dlse
     # lse is -inf only where there is neither a key nor a sink.
     p = jnp.exp(sinks.astype(lse.dtype)[:, None] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
-    return -(p * dpsum).sum((0, 2)).astype(sinks.dtype)
+    return match_sharding(-(p * dpsum).sum((0, 2)).astype(sinks.dtype), like=sinks)
 
 
 def _has_backward_kernels(spec: AttentionSpec, q: Array, v: Array) -> bool:

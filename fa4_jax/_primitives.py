@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The forward and backward primitives: abstract evaluation, lowering, batching.
 
+They run on one device; `_sharding` puts each device's part of a mesh's call there.
 Their static parameters are the `AttentionSpec` and the names of the `Extras` among the operands,
 which come last. Lowered for CUDA, `forward` is one FFI call and `backward` three, with every
 workspace an extra result that XLA allocates; shapes, dtypes, attributes and aliases all come from
@@ -22,13 +23,12 @@ import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.interpreters import batching, mlir, xla
 
-from fa4_jax import _ffi, _intervals, _reference, _variants
+from fa4_jax import _ffi, _intervals, _reference, _sharding, _variants
 from fa4_jax._intervals import KernelInterval
 from fa4_jax._reference import Extras
+from fa4_jax._sharding import Layout
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import Buffer, DType, Feature, Kernel
 
@@ -39,19 +39,21 @@ forward_p = Primitive("fa4_forward")
 backward_p = Primitive("fa4_backward")
 """(q, k, v, out, lse, dout, dlse, *extras) -> (dq, dk, dv)"""
 
+_QKV = ("BTND", "BSKD", "BSKV")
+_EXTRA_DIMS = {"kv_start": "BT", "kv_end": "BT", "sinks": "BN"}
+
 _IO_DTYPES = {dtype.numpy_name: dtype for dtype in (DType.bf16, DType.f16)}
 _SCALAR_TYPES = {"f32": np.float32, "i32": np.int32}
 
 
 def forward(spec: AttentionSpec, q: Array, k: Array, v: Array, extras: Extras) -> Sequence[Array]:
-    """out and lse, as `_reference.forward`, but neither a bias nor a mask."""
-    if extras.sinks is not None:
-        # One for each batch entry, because batching folds a mapped axis into the batch. Made from
-        # q, which it has to be sharded and to vary like.
-        like = q[:, :1, :, 0].sum(1)
-        extras = extras._replace(sinks=jnp.zeros_like(like, jnp.float32) + extras.sinks)
+    """out and lse, as `_reference.forward`, but neither a bias nor a mask. On any mesh."""
     names, operands = _given(extras, ("kv_start", "kv_end", "sinks"))
-    return forward_p.bind(q, k, v, *operands, spec=spec, extras=names)
+    if extras.sinks is not None:
+        # For each batch entry, because batching folds a mapped axis into the batch.
+        sinks = extras.sinks.astype(jnp.float32)
+        operands[-1] = jnp.broadcast_to(sinks, (q.shape[0], q.shape[2]))
+    return _FORWARD.bind(q, k, v, *operands, spec=spec, extras=names)
 
 
 def backward(
@@ -61,9 +63,20 @@ def backward(
     cotangents: tuple[Array, Array],
     extras: Extras,
 ) -> Sequence[Array]:
-    """dq, dk and dv, as `_reference.backward`, but neither for a bias nor for a mask."""
+    """dq, dk and dv, as `_reference.backward`, but neither for a bias nor for a mask. On any
+    mesh."""
     names, interval = _given(extras, ("kv_start", "kv_end"))
-    return backward_p.bind(*operands, *residuals, *cotangents, *interval, spec=spec, extras=names)
+    arrays = (*operands, *residuals, *cotangents, *interval)
+    return _BACKWARD.bind(*arrays, spec=spec, extras=names)
+
+
+def _forward_layout(extras: tuple[str, ...]) -> Layout:
+    return Layout((*_QKV, *(_EXTRA_DIMS[name] for name in extras)), ("BTNV", "BNT"))
+
+
+def _backward_layout(extras: tuple[str, ...]) -> Layout:
+    given = ("BTNV", "BNT", "BTNV", "BNT", *(_EXTRA_DIMS[name] for name in extras))
+    return Layout((*_QKV, *given), _QKV)
 
 
 def _given(extras: Extras, names: Sequence[str]) -> tuple[tuple[str, ...], list[Array]]:
@@ -150,10 +163,13 @@ def kernel_names(
 
 
 def device_reasons() -> tuple[str, ...]:
-    """Why this process' own GPUs can't run what is built; empty if they can, or if it sees no
-    GPU."""
+    """Why the GPUs that this process knows of can't run what is built; empty if they can, or if
+    there is none.
+
+    Of all processes, so that all of them lower one program the same way.
+    """
     try:
-        devices = jax.local_devices(backend="cuda")
+        devices = jax.devices("cuda")
     except RuntimeError:
         return ()
     built = {"{}.{}".format(*v.arch.compute_capability) for v in _variants.VARIANTS}
@@ -175,34 +191,27 @@ def library_reasons() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    """Sizes and mesh axes of one problem's dimensions, by the letters of `_variants`."""
+    """Sizes of one problem's dimensions, by the letters of `_variants`."""
 
     sizes: Mapping[str, int]
-    axes: Mapping[str, object]
     like: ShapedArray
 
     @classmethod
     def of(cls, q: ShapedArray, k: ShapedArray, v: ShapedArray) -> _Problem:
-        sizes, axes = {}, {}
+        sizes = {}
         for buffer, aval in zip(_variants.QKV, (q, k, v), strict=True):
-            for letter, size, axis in zip(buffer.dims, aval.shape, aval.sharding.spec, strict=True):
-                sizes.setdefault(letter, size)
-                axes.setdefault(letter, axis)
+            sizes |= dict(zip(buffer.dims, aval.shape, strict=True))
         sizes["R"] = _variants.round_up(sizes["T"], _variants.ROW_MULTIPLE)
         sizes["J"] = -(-sizes["S"] // _variants.BLOCK)
         sizes["U"] = 1
         sizes["E"] = _variants.round_up(sizes["D"], _variants.HEAD_DIM_MULTIPLE)
-        return cls(sizes, axes, q)
+        return cls(sizes, q)
 
     def aval(self, buffer: Buffer) -> ShapedArray:
         """The type of `buffer`. Built from q's, it varies over the same manual mesh axes as q."""
-        spec = P(*(self.axes.get(letter) for letter in buffer.dims))
-        return self.like.update(
-            shape=tuple(self.sizes[letter] for letter in buffer.dims),
-            dtype=np.dtype(buffer.dtype.numpy_name) if buffer.dtype else self.like.dtype,
-            weak_type=False,
-            sharding=NamedSharding(self.like.sharding.mesh, spec),
-        )
+        shape = tuple(self.sizes[letter] for letter in buffer.dims)
+        dtype = np.dtype(buffer.dtype.numpy_name) if buffer.dtype else self.like.dtype
+        return _sharding.typed_like(self.like, shape, dtype=dtype)
 
     def launch(
         self,
@@ -235,7 +244,7 @@ def _forward_abstract(
     q, k, v, *rest, spec: AttentionSpec, extras: tuple[str, ...]
 ) -> list[ShapedArray]:
     del spec, extras
-    _check_varying("fa4_forward", q, k, v, *rest)
+    _sharding.check_varying("fa4_forward", q, k, v, *rest)
     out, lse = map(_Problem.of(q, k, v).aval, _variants.signature(Kernel.forward).results)
     return [out, lse.update(dtype=_reference.lse_dtype(q.dtype))]
 
@@ -244,13 +253,8 @@ def _backward_abstract(
     q, k, v, *rest, spec: AttentionSpec, extras: tuple[str, ...]
 ) -> list[ShapedArray]:
     del spec, extras
-    _check_varying("fa4_backward", q, k, v, *rest)
+    _sharding.check_varying("fa4_backward", q, k, v, *rest)
     return [x.update(weak_type=False) for x in (q, k, v)]
-
-
-def _check_varying(name: str, *avals: ShapedArray) -> None:
-    if len({aval.manual_axis_type.varying for aval in avals}) > 1:
-        raise ValueError(f"fa4_jax: operands of {name} vary over different mesh axes: {avals}")
 
 
 def _forward_kernels(
@@ -338,42 +342,44 @@ def _backward_reference(
     return _reference.backward(spec, (q, k, v), (out, lse), (dout, dlse), given)[:3]
 
 
-def _lower_kernels(kernels: Callable, reference: Callable) -> Callable:
-    """The CUDA rule: the kernels, or the reference where this process can't have them."""
-
-    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec, extras: tuple):
-        if spec.require_kernel:
-            _ffi.register()
-        # An exported program runs elsewhere, so this process' GPUs say nothing about it.
-        exporting = ctx.module_context.lowering_parameters.for_export
-        reasons = () if exporting else device_reasons()
-        if spec.require_kernel and reasons:
-            raise NotImplementedError(f'fa4_jax: implementation="fa4": {"; ".join(reasons)}')
-        if not spec.require_kernel:
-            reasons += library_reasons()
-        if reasons:
-            _reference.warn_fallback(reasons)
-        chosen = reference if reasons else kernels
-        lower = mlir.lower_fun(chosen, multiple_results=True)
-        return lower(ctx, *operands, spec=spec, extras=extras)
-
-    return rule
+def _cuda_reasons(ctx: mlir.LoweringRuleContext, spec: AttentionSpec) -> tuple[str, ...]:
+    """Why a program for CUDA runs the reference, and says so; empty if it runs the kernels."""
+    if spec.require_kernel:
+        _ffi.register()
+    # An exported program runs elsewhere, so the GPUs here say nothing about it.
+    exporting = ctx.module_context.lowering_parameters.for_export
+    reasons = () if exporting else device_reasons()
+    if spec.require_kernel and reasons:
+        raise NotImplementedError(f'fa4_jax: implementation="fa4": {"; ".join(reasons)}')
+    if not spec.require_kernel:
+        reasons += library_reasons()
+    if reasons:
+        _reference.warn_fallback(reasons)
+    return reasons
 
 
-def _lower_reference(reference: Callable) -> Callable:
-    """The rule of every platform but CUDA."""
-
-    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec, extras: tuple):
-        platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
-        if spec.require_kernel:
-            raise NotImplementedError(
-                f'fa4_jax: implementation="fa4": got a program for platform {platforms}, expected '
-                'cuda; use implementation=None, which runs the reference there, or "reference"'
-            )
-        _reference.warn_fallback(
-            (f"the program is for platform {platforms}, and the kernels are CUDA's",)
+def _other_platform_reasons(ctx: mlir.LoweringRuleContext, spec: AttentionSpec) -> tuple[str, ...]:
+    """`_cuda_reasons` of every platform but CUDA."""
+    platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
+    if spec.require_kernel:
+        raise NotImplementedError(
+            f'fa4_jax: implementation="fa4": got a program for platform {platforms}, expected '
+            'cuda; use implementation=None, which runs the reference there, or "reference"'
         )
-        lower = mlir.lower_fun(reference, multiple_results=True)
+    reasons = (f"the program is for platform {platforms}, and the kernels are CUDA's",)
+    _reference.warn_fallback(reasons)
+    return reasons
+
+
+_REASONS = {"cuda": _cuda_reasons, None: _other_platform_reasons}
+
+
+def _lowering(reasons: Callable, kernels: Callable, reference: Callable) -> Callable:
+    """A platform's rule: the kernels, or the reference if it has `reasons`."""
+
+    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec, extras: tuple):
+        chosen = reference if reasons(ctx, spec) else kernels
+        lower = mlir.lower_fun(chosen, multiple_results=True)
         return lower(ctx, *operands, spec=spec, extras=extras)
 
     return rule
@@ -400,11 +406,15 @@ def _define(
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     # Outside jit, a call is a jitted one: compiled once for each shape and spec.
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("spec", "extras")))
-    mlir.register_lowering(primitive, _lower_kernels(kernels, reference), platform="cuda")
-    mlir.register_lowering(primitive, _lower_reference(reference))
+    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    for platform, reasons in _REASONS.items():
+        rule = _lowering(reasons, kernels, reference)
+        mlir.register_lowering(primitive, rule, platform=platform)
     batching.primitive_batchers[primitive] = functools.partial(_fold_batch, primitive)
 
 
 _define(forward_p, _forward_abstract, _forward_kernels, _forward_reference)
 _define(backward_p, _backward_abstract, _backward_kernels, _backward_reference)
+
+_FORWARD = _sharding.Op(forward_p, _forward_abstract, _forward_layout, _REASONS)
+_BACKWARD = _sharding.Op(backward_p, _backward_abstract, _backward_layout, _REASONS)

@@ -51,11 +51,11 @@ def warn_fallback(reasons: tuple[str, ...]) -> None:
         f"fa4_jax: running the reference, not the FA4 kernels: {'; '.join(reasons)}. Pass "
         'implementation="reference" to choose it without this warning, or "fa4" to get an error.',
         FallbackWarning,
-        stacklevel=_caller_level(),
+        stacklevel=caller_level(),
     )
 
 
-def _caller_level() -> int:
+def caller_level() -> int:
     """`stacklevel` of the innermost frame that is neither ours nor JAX's: lowering runs deep inside
     JAX."""
     level, frame = 1, sys._getframe(1)

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from fa4_jax import _ffi, _reference
+from fa4_jax import _ffi, _reference, _sharding
 
-# Before the first use of a device: two, so that meshes have something to do.
-jax.config.update("jax_num_cpu_devices", 2)
+# Before the first use of a device: eight, so that meshes have something to split.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,8 +62,9 @@ def worst(request: pytest.FixtureRequest) -> Iterator[dict[str, tuple[float, str
 
 @pytest.fixture
 def fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has given no fallback warning and lowered nothing."""
+    """A process that has given none of our warnings and lowered nothing."""
     monkeypatch.setattr(_reference, "_warned", set())
+    monkeypatch.setattr(_sharding, "_warned", set())
     jax.clear_caches()
 
 

@@ -203,11 +203,11 @@ def run_eagerly(launch: Callable) -> None:
     features)` is what launches a kernel."""
     from fa4_jax import _primitives
 
-    for primitive, kernels in (
-        (_primitives.forward_p, _primitives._forward_kernels),
-        (_primitives.backward_p, _primitives._backward_kernels),
+    for op, kernels in (
+        (_primitives._FORWARD, _primitives._forward_kernels),
+        (_primitives._BACKWARD, _primitives._backward_kernels),
     ):
-        primitive.def_impl(kernels)
+        op.auto.def_impl(kernels)
     _primitives._Problem.launch = launch
 
 

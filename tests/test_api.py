@@ -373,10 +373,11 @@ def test_device_reasons_compare_compute_capabilities(monkeypatch) -> None:
         def __init__(self, compute_capability: str):
             self.compute_capability = compute_capability
 
-    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device("9.0")])
+    monkeypatch.setattr(jax, "devices", lambda backend: [Device("9.0")])
     assert _primitives.device_reasons() == ()
-    # B300 is 10.3: sm_100a binaries don't run there.
-    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device("9.0"), Device("10.3")])
+    # B300 is 10.3: sm_100a binaries don't run there. Nor does this process lower anything else than
+    # the one whose GPU it is.
+    monkeypatch.setattr(jax, "devices", lambda backend: [Device("9.0"), Device("10.3")])
     (reason,) = _primitives.device_reasons()
     assert "compute capability 10.3 has no kernel" in reason and "9.0" in reason
 

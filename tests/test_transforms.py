@@ -23,6 +23,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_policies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from programs import assert_close, assert_tree_close, count, cuda_text
 from reference import Oracle, visible
 
 from fa4_jax import _primitives, export_disabled_checks, flash_attention
@@ -49,30 +50,6 @@ def loss(q, k, v, **kwargs):
 
 
 gradients = jax.grad(loss, (0, 1, 2))
-
-
-def assert_close(result, expected, message: str = "", tolerance: float = 1e-2) -> None:
-    """Within `tolerance` of the largest magnitude: bf16 has 2^-8, and sums run in another order."""
-    result, expected = np.asarray(result, np.float64), np.asarray(expected, np.float64)
-    assert result.shape == expected.shape, message
-    assert np.array_equal(np.isfinite(result), np.isfinite(expected)), message
-    finite = np.isfinite(expected)
-    limit = tolerance * np.abs(expected[finite]).max(initial=1e-30)
-    np.testing.assert_allclose(result[finite], expected[finite], 0, limit, err_msg=message)
-
-
-def assert_tree_close(result, expected, message: str = "", tolerance: float = 1e-2) -> None:
-    for x, y in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
-        assert_close(x, y, message, tolerance)
-
-
-def cuda_text(function, *args) -> str:
-    """StableHLO of `function` for CUDA; needs no GPU."""
-    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def count(text: str, kernel: Kernel) -> int:
-    return text.count(f"custom_call @{target_name(kernel)}(")
 
 
 def oracle_gradients(q, k, v) -> tuple:
