@@ -12,8 +12,8 @@ import pytest
 
 from fa4_jax import _ffi, _reference
 
-# Before the first use of a device: two, so that meshes have something to do.
-jax.config.update("jax_num_cpu_devices", 2)
+# Before the first use of a device: eight, so that meshes have something to do.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
