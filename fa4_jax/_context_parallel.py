@@ -98,8 +98,8 @@ def context_parallel_attention(  # noqa: PLR0913 - as flash_attention
 ) -> Array | tuple[Array, Array]:
     """`flash_attention` of a sequence whose positions the devices of a mesh axis share.
 
-    Call it inside `jax.shard_map` (or `pmap`, or `vmap` with an axis name), with T and S sharded
-    over `axis_name`; batch and heads may be sharded over other axes. T and S below are one device's
+    Call it inside `jax.shard_map`, with T and S sharded over `axis_name`; batch and heads may be
+    sharded over other axes. T and S below are one device's
     share, c is the number of devices along the axis, and the sequence has c T queries and c S keys.
     Masks speak of positions in the sequence, whatever `order` the arrays are in. Results are those
     of `flash_attention` on the whole sequence, but for rounding, and so are gradients, which are
