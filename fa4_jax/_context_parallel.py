@@ -15,7 +15,6 @@ lie ahead costs next to nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any, Literal, Required, TypeVar, Unpack, overload
 
 import jax
@@ -40,7 +39,7 @@ ZIGZAG = "zigzag"
 STRIPED = "striped"
 ORDERS = (CONTIGUOUS, ZIGZAG, STRIPED)
 
-AxisName = Hashable | tuple[Hashable, ...]
+AxisName = str | tuple[str, ...]
 Rank = TypeVar("Rank", int, Array)
 Tree = TypeVar("Tree")
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
@@ -112,8 +111,8 @@ def context_parallel_attention(  # noqa: PLR0913 - as flash_attention
     kept from one pass to the other.
 
     With a causal mask most pairs of a query and a key that see each other are the last devices', if
-    each holds neighbours: in order "contiguous" the first ones wait. "zigzag" and "striped" give
-    each device the same work; `reorder_causal_load_balancing` brings arrays into such an order.
+    each holds neighbours: in order "contiguous" the first ones wait. "zigzag" gives each device the
+    same work, and "striped" nearly; `reorder_causal_load_balancing` brings arrays into such an order.
     Neither helps without a causal mask. With a window, prefer "contiguous": a ring then ends when
     nothing that is left is in anyone's window, provided that no mask looks ahead.
 
@@ -201,8 +200,9 @@ def reorder_causal_load_balancing(
       An array like `x`.
 
     Raises:
-      ValueError: the length isn't divisible by `cp_size` (by 2 `cp_size` in order "zigzag"), or an
-        argument isn't what it may be.
+      TypeError: x isn't an array.
+      ValueError: the length isn't divisible by `cp_size` (by 2 `cp_size` in order "zigzag"), or
+        another argument isn't what it may be.
     """
     return _reorder(x, order, cp_size, seq_dim, inverse=False)
 
@@ -215,6 +215,8 @@ def inverse_reorder_causal_load_balancing(
 
 
 def _reorder(x: AnyArray, order: str, cp_size: int, seq_dim: int, inverse: bool) -> AnyArray:
+    if not isinstance(x, (np.ndarray, jax.Array)):
+        raise TypeError(message("x", type(x).__name__, "a jax.Array or a numpy.ndarray"))
     one_of(order, ORDERS, "order")
     if not isinstance(cp_size, int) or cp_size < 1:
         raise ValueError(message("cp_size", cp_size, "an int >= 1"))
@@ -233,11 +235,13 @@ def _reorder(x: AnyArray, order: str, cp_size: int, seq_dim: int, inverse: bool)
         return x.reshape(*x.shape[:seq_dim], *sizes, *x.shape[seq_dim + 1 :])
 
     if order == STRIPED:
-        rows = split(*((cp_size, -1) if inverse else (-1, cp_size)))
+        share = length // cp_size
+        rows = split(cp_size, share) if inverse else split(share, cp_size)
         return xp.swapaxes(rows, seq_dim, seq_dim + 1).reshape(x.shape)
     # Neither slices of single chunks nor a gather: sharded over 8 devices, XLA makes 5 collectives
     # of this, 73 of those slices, and a gather is refused where axes are explicit.
-    chunks = split(cp_size, 2, -1) if inverse else split(2 * cp_size, 1, -1)
+    chunk = length // (2 * cp_size)
+    chunks = split(cp_size, 2, chunk) if inverse else split(2 * cp_size, 1, chunk)
     old, new = (seq_dim + 1, seq_dim) if inverse else (seq_dim, seq_dim + 1)
     first, last = xp.split(chunks, 2, old)
     return xp.concatenate((first, xp.flip(last, seq_dim)), new).reshape(x.shape)
@@ -319,11 +323,15 @@ class _Axis:
         """
         x = _reorder(x, order, self.size, 1, inverse=False)
         x = lax.all_to_all(x, self.name, 1, 1, tiled=True)
-        summands = x.reshape(x.shape[0], self.size, -1, *x.shape[2:])
+        summands = x.reshape(x.shape[0], self.size, x.shape[1] // self.size, *x.shape[2:])
         return summands.astype(acc_dtype).sum(1).astype(x.dtype)
 
 
 def _axis_size(axis_name: AxisName) -> int:
+    expected = "an axis, or a tuple of axes, of an enclosing jax.shard_map"
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(message("axis_name", repr(axis_name), expected))
     try:
         return lax.axis_size(axis_name)
     except NameError:
@@ -331,7 +339,7 @@ def _axis_size(axis_name: AxisName) -> int:
             message(
                 "axis_name",
                 f"{axis_name!r}, which isn't bound",
-                "an axis, or a tuple of axes, of an enclosing jax.shard_map",
+                expected,
                 "call it in a function that jax.shard_map maps over that axis",
             )
         ) from None
