@@ -112,9 +112,9 @@ def context_parallel_attention(  # noqa: PLR0913 - as flash_attention
 
     With a causal mask most pairs of a query and a key that see each other are the last devices', if
     each holds neighbours: in order "contiguous" the first ones wait. "zigzag" gives each device the
-    same work, and "striped" nearly; `reorder_causal_load_balancing` brings arrays into such an order.
-    Neither helps without a causal mask. With a window, prefer "contiguous": a ring then ends when
-    nothing that is left is in anyone's window, provided that no mask looks ahead.
+    same work, and "striped" nearly; `reorder_causal_load_balancing` brings arrays into these
+    orders. Neither helps without a causal mask. With a window, prefer "contiguous": a ring then
+    ends when nothing that is left is in anyone's window, provided that no mask looks ahead.
 
     Args:
       q: [B, T, N, D], or [T, N, D]: this device's queries.

@@ -340,6 +340,10 @@ def test_a_ring_ends_when_no_window_reaches_further(alignment: str) -> None:
         pairs = np.argwhere(seen.reshape(devices, rows, devices, columns).any((1, 3)))
         steps = 1 + max(((rank - source) % devices for rank, source in pairs), default=0)
         assert _context_parallel._num_steps(spec, Limits(), *shares) == steps
+        # Ends of sequences that are traced may be anywhere.
+        ends = Limits(query_seq_lengths=jnp.ones(1, int))
+        expected = devices if alignment == "bottom_right" else steps
+        assert _context_parallel._num_steps(spec, ends, *shares) == expected
         shortened += 1 < steps < devices
     assert shortened > 10
 
@@ -366,6 +370,19 @@ def test_no_transfer_of_a_step_waits_for_its_kernels() -> None:
         sent = [e.invars[0] for e in body.eqns if e.primitive.name == "ppermute"]
         assert len(sent) == transfers and set(sent) <= set(body.invars)
         assert str(body).count(kernel) == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_of_many_devices_are_added_in_float32(strategy: str) -> None:
+    """dv is 256 + 7 times 1: in bfloat16, 256 + 1 is 256, and 263 is 264."""
+    shape = (1, 64, 1, 8)
+    given = {name: jnp.zeros(shape, jnp.bfloat16) for name in "qkv"}
+    # Every query sees 64 keys alike, so dv is dout's sum over 64 queries, divided by 64.
+    per_device = jnp.full(8, 8.0).at[2].set(8 * 256)
+    dout = jnp.zeros(shape, jnp.bfloat16) + jnp.repeat(per_device, 8)[:, None, None]
+    program = Program(Layout("contiguous", 8), strategy=strategy)
+    found = program(given, dout.astype(jnp.bfloat16), jnp.zeros((1, 1, 64)))
+    assert np.all(found["v"] == 264)
 
 
 def test_all_gather_moves_each_share_once_a_pass() -> None:
