@@ -670,10 +670,9 @@ def test_bad_input(order: str, lengths: tuple[int, int], options: dict, message:
         jax.eval_shape(call, given)
 
 
-@pytest.mark.parametrize("xp", [np, jnp], ids=["numpy", "jax"])
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(("xp", "devices"), [(np, 1), (np, 2), (np, 4), (jnp, 4)])
 @pytest.mark.parametrize("order", ORDERS)
-def test_reordering(order: str, devices: int, xp: Any) -> None:
+def test_reordering(order: str, xp: Any, devices: int) -> None:
     x = xp.arange(3 * 16 * 2).reshape(3, 16, 2)
     arguments = {"order": order, "cp_size": devices}
     for seq_dim, moved in ((1, x), (0, xp.moveaxis(x, 1, 0)), (-1, xp.moveaxis(x, 1, 2))):
