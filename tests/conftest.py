@@ -12,7 +12,7 @@ import pytest
 
 from fa4_jax import _ffi, _reference
 
-# Before the first use of a device: eight, so that meshes have something to do.
+# Before the first use of a device: eight, so that meshes have something to split.
 jax.config.update("jax_num_cpu_devices", 8)
 
 
