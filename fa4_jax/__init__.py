@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from fa4_jax._api import flash_attention as flash_attention
     from fa4_jax._api import flash_attention_varlen as flash_attention_varlen
     from fa4_jax._api import is_supported as is_supported
+    from fa4_jax._context_parallel import context_parallel_attention as context_parallel_attention
+    from fa4_jax._context_parallel import (
+        inverse_reorder_causal_load_balancing as inverse_reorder_causal_load_balancing,
+    )
+    from fa4_jax._context_parallel import (
+        reorder_causal_load_balancing as reorder_causal_load_balancing,
+    )
     from fa4_jax._ffi import LibraryError as LibraryError
     from fa4_jax._ffi import register as register
     from fa4_jax._reference import FallbackWarning as FallbackWarning
@@ -31,6 +38,9 @@ _HOMES = {
     "flash_attention": "_api",
     "flash_attention_varlen": "_api",
     "is_supported": "_api",
+    "context_parallel_attention": "_context_parallel",
+    "inverse_reorder_causal_load_balancing": "_context_parallel",
+    "reorder_causal_load_balancing": "_context_parallel",
     "LibraryError": "_ffi",
     "register": "_ffi",
     "FallbackWarning": "_reference",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public calls: signatures, defaults, and every check that needs a shape or a dtype.
 
-A call becomes a `_Plan` (arrays in kernel layout, an `AttentionSpec`, checked operands beside q, k
+A call becomes a `Plan` (arrays in kernel layout, an `AttentionSpec`, checked operands beside q, k
 and v, and the reasons why the kernels can't serve it), and a plan runs. ValueError and TypeError
 mean that the caller made a mistake; NotImplementedError means that we don't support it, with every
 reason.
@@ -20,6 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from fa4_jax import _autodiff, _intervals, _primitives, _reference, _variants
+from fa4_jax._autodiff import OneCall
 from fa4_jax._intervals import Limits
 from fa4_jax._reference import Extras
 from fa4_jax._spec import (
@@ -456,7 +457,7 @@ def explain(q: Any, k: Any, v: Any, **options: Unpack[AllFlashOptions]) -> str:
     return f"reference: {'; '.join(reasons)}"
 
 
-def _kernels_text(kernels: tuple[Kernel, ...], plan: _Plan) -> str:
+def _kernels_text(kernels: tuple[Kernel, ...], plan: Plan) -> str:
     """The kernels' names and what is padded for them, or why there are none."""
     head_dims = plan.q.shape[-1], plan.v.shape[-1]
     missing = _primitives.missing_kernels(kernels, plan.q.dtype, head_dims)
@@ -528,7 +529,7 @@ _Operand = Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Plan:
+class Plan:
     """A checked call. `q`, `k`, `v` have a batch axis; `reasons` say why the kernels can't serve
     it."""
 
@@ -546,6 +547,17 @@ class _Plan:
 
     def run(self) -> tuple[Array, Array]:
         """(out, lse), without the batch axis if the caller's arrays had none."""
+        use_kernels = self.use_kernels()
+        q, spec = self.folded_scale()
+        spec, interval = _intervals.resolve(spec, self.limits, q.shape[1], self.k.shape[1])
+        kv_start, kv_end = interval or (None, None)
+        extras = Extras(self.bias, self.mask, kv_start, kv_end, self.sinks)
+        method = OneCall(spec, use_kernels)
+        return self.without_batch(_autodiff.attention(method, q, self.k, self.v, extras))
+
+    def use_kernels(self) -> bool:
+        """Whether the primitives run rather than the reference. A reason against it is an error or
+        a warning."""
         if self.reasons and self.implementation == KERNELS:
             raise NotImplementedError(
                 f'fa4_jax: implementation="fa4" can\'t run this call: {"; ".join(self.reasons)}; '
@@ -553,29 +565,32 @@ class _Plan:
             )
         if self.reasons and self.implementation is None:
             _reference.warn_fallback(self.reasons)
-        use_kernels = self.implementation != REFERENCE and not self.reasons
-        q, spec = _fold_scale(self.q, self.spec)
-        spec, interval = _intervals.resolve(spec, self.limits, q.shape[1], self.k.shape[1])
-        kv_start, kv_end = interval or (None, None)
-        extras = Extras(self.bias, self.mask, kv_start, kv_end, self.sinks)
-        results = _autodiff.attention(spec, use_kernels, q, self.k, self.v, extras)
+        return self.implementation != REFERENCE and not self.reasons
+
+    def folded_scale(self) -> tuple[Array, AttentionSpec]:
+        """q and the spec that kernels take, whose scale is > 0: a sign goes into q, exactly, and
+        scale 0 is that of all-zero logits."""
+        scale = self.spec.softmax_scale
+        if np.float32(scale) > 0:
+            return self.q, self.spec
+        if np.float32(scale) == 0:
+            return jnp.zeros_like(self.q), dataclasses.replace(self.spec, softmax_scale=1.0)
+        return -self.q, dataclasses.replace(self.spec, softmax_scale=-scale)
+
+    def without_batch(self, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        """(out, lse) with a batch axis if the caller's arrays had one."""
         return results if self.has_batch else (results[0][0], results[1][0])
 
 
-def _fold_scale(q: Array, spec: AttentionSpec) -> tuple[Array, AttentionSpec]:
-    """Kernels take a scale > 0: a sign goes into q, exactly, and scale 0 is that of all-zero
-    logits."""
-    scale = spec.softmax_scale
-    if np.float32(scale) > 0:
-        return q, spec
-    if np.float32(scale) == 0:
-        return jnp.zeros_like(q), dataclasses.replace(spec, softmax_scale=1.0)
-    return -q, dataclasses.replace(spec, softmax_scale=-scale)
+def check(q: Any, k: Any, v: Any, **options: Any) -> Plan:
+    """The plan of a call with `flash_attention`'s keywords."""
+    parsed = _Options(**options)
+    return _plan(_as_arrays(parsed, q, k, v), parsed)
 
 
 def _plan_or_reasons(
     q: Any, k: Any, v: Any, options: Mapping[str, Any]
-) -> tuple[_Plan | None, tuple[str, ...]]:
+) -> tuple[Plan | None, tuple[str, ...]]:
     parsed = _Options(**options)
     try:
         return _plan(_as_arrays(parsed, q, k, v, allow_shapes=True), parsed, allow_shapes=True), ()
@@ -591,7 +606,7 @@ def _process_reasons() -> tuple[str, ...]:
 
 def _plan(
     operands: tuple[_Operand, _Operand, _Operand], options: _Options, allow_shapes: bool = False
-) -> _Plan:
+) -> Plan:
     """Check everything, once."""
     _check_operands(options, *operands)
     has_batch = len(operands[0].shape) == 4
@@ -622,7 +637,7 @@ def _plan(
         for name in ("bias", "mask")
         if getattr(options, name) is not None
     )
-    return _Plan(
+    return Plan(
         q=q,
         k=k,
         v=v,

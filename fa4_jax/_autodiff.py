@@ -7,12 +7,17 @@ keeps them and runs one forward a step. `optimize_remat` would lose the names an
 breaks under `jax.checkpoint`, so neither is used; an unused lse therefore brings a zero cotangent,
 [B, N, T] in fp32.
 
+How out, lse and gradients are computed is a `Method`'s business: one call on this device, or many
+on devices that share a sequence (`_context_parallel`).
+
 Reverse mode, once. Forward mode and second derivatives raise JAX's own errors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -28,52 +33,79 @@ from fa4_jax._varying import match_varying
 CHECKPOINT_NAME = "context"
 
 
+class Method(Protocol):
+    """How attention and its gradients are computed. Hashable: part of what a program is."""
+
+    def forward(self, q: Array, k: Array, v: Array, extras: Extras) -> tuple[Array, Array]:
+        """out and lse, as `_reference.forward`."""
+        ...
+
+    def backward(
+        self,
+        operands: tuple[Array, Array, Array],
+        residuals: tuple[Array, Array],
+        cotangents: tuple[Array, Array],
+        extras: Extras,
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """dq, dk, dv and dbias, as `_reference.backward`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneCall:
+    """Attention by one call of the primitives, or with `use_kernels=False` of the reference, which
+    takes a bias and a mask too."""
+
+    spec: AttentionSpec
+    use_kernels: bool
+
+    def forward(self, q: Array, k: Array, v: Array, extras: Extras) -> tuple[Array, Array]:
+        if self.use_kernels:
+            out, lse = _primitives.forward(self.spec, q, k, v, extras)
+            return out, lse
+        return _reference.forward(self.spec, q, k, v, extras)
+
+    def backward(
+        self,
+        operands: tuple[Array, Array, Array],
+        residuals: tuple[Array, Array],
+        cotangents: tuple[Array, Array],
+        extras: Extras,
+    ) -> tuple[Array, Array, Array, Array | None]:
+        q, _, v = operands
+        if self.use_kernels and _has_backward_kernels(self.spec, q, v):
+            dq, dk, dv = _primitives.backward(self.spec, operands, residuals, cotangents, extras)
+            return dq, dk, dv, None
+        return _reference.backward(self.spec, operands, residuals, cotangents, extras)
+
+
 def attention(
-    spec: AttentionSpec, use_kernels: bool, q: Array, k: Array, v: Array, extras: Extras = NO_EXTRAS
+    method: Method, q: Array, k: Array, v: Array, extras: Extras = NO_EXTRAS
 ) -> tuple[Array, Array]:
     """out [B, T, N, V] and lse [B, N, T], differentiable in q, k, v, `extras.bias` and
-    `extras.sinks`.
-
-    `use_kernels` binds the primitives, which take neither a bias nor a mask; otherwise the
-    reference runs.
-    """
-    return _attention(spec, use_kernels, *match_varying((q, k, v, extras)))
+    `extras.sinks`."""
+    return _attention(method, *match_varying((q, k, v, extras)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(
-    spec: AttentionSpec, use_kernels: bool, q: Array, k: Array, v: Array, extras: Extras
-):
-    if use_kernels:
-        return tuple(_primitives.forward(spec, q, k, v, extras))
-    return _reference.forward(spec, q, k, v, extras)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(method: Method, q: Array, k: Array, v: Array, extras: Extras):
+    return method.forward(q, k, v, extras)
 
 
-def _attention_fwd(
-    spec: AttentionSpec, use_kernels: bool, q: Array, k: Array, v: Array, extras: Extras
-):
+def _attention_fwd(method: Method, q: Array, k: Array, v: Array, extras: Extras):
     # Not a call of `_attention`: the names have to be on the values saved here.
-    if use_kernels:
-        out, lse = _primitives.forward(spec, q, k, v, extras)
-    else:
-        out, lse = _reference.forward(spec, q, k, v, extras)
-    out, lse = (checkpoint_name(x, CHECKPOINT_NAME) for x in (out, lse))
+    results = method.forward(q, k, v, extras)
+    out, lse = (checkpoint_name(x, CHECKPOINT_NAME) for x in results)
     return (out, lse), (q, k, v, out, lse, extras)
 
 
-def _attention_bwd(
-    spec: AttentionSpec, use_kernels: bool, residuals, cotangents: tuple[Array, Array]
-):
+def _attention_bwd(method: Method, residuals, cotangents: tuple[Array, Array]):
     q, k, v, out, lse, extras = residuals
     dout, dlse = cotangents
     # lse is the constant -inf in a row that sees no key, whatever its cotangent says.
     dlse = jnp.where(lse == -jnp.inf, 0, dlse)
     (q, k, v, out, lse, extras), (dout, dlse) = match_varying((residuals, (dout, dlse)))
-    if use_kernels and _has_backward_kernels(spec, q, v):
-        dq, dk, dv = _primitives.backward(spec, (q, k, v), (out, lse), (dout, dlse), extras)
-        dbias = None
-    else:
-        dq, dk, dv, dbias = _reference.backward(spec, (q, k, v), (out, lse), (dout, dlse), extras)
+    dq, dk, dv, dbias = method.backward((q, k, v), (out, lse), (dout, dlse), extras)
     return dq, dk, dv, Extras(bias=dbias, sinks=_dsinks(extras.sinks, out, lse, dout, dlse))
 
 

@@ -70,10 +70,29 @@ def resolve(
     bottom_right = spec.alignment == BOTTOM_RIGHT
     moves = limits.cu_seqlens_k is not None or (has_lengths and bottom_right)
     window = (spec.window_left, spec.window_right) if moves else (None, None)
-    interval = _interval(limits, (seqlen_q, seqlen_k), window, bottom_right)
-    if moves:
-        spec = dataclasses.replace(spec, window_left=None, window_right=None, alignment=TOP_LEFT)
-    return spec, interval
+    rows = jnp.arange(seqlen_q, dtype=jnp.int32)
+    interval = _interval(limits, rows, (seqlen_q, seqlen_k), window, bottom_right)
+    return (without_band(spec) if moves else spec), interval
+
+
+def of_rows(
+    spec: AttentionSpec, limits: Limits, rows: Array, lengths: tuple[int, int]
+) -> tuple[Array, Array] | None:
+    """The interval (kv_start, kv_end) that says what `spec` and `limits` say, the band included.
+
+    For some of the queries of a sequence: those at positions `rows` [T] among the first of
+    `lengths`, which may be traced. Keys are counted among the second, and `kv_segment_ids` are all
+    of theirs. None if every query sees every key. A batch axis may be 1.
+    """
+    window = spec.window_left, spec.window_right
+    if window == (None, None) and all(x is None for x in limits):
+        return None
+    return _interval(limits, rows, lengths, window, spec.alignment == BOTTOM_RIGHT)
+
+
+def without_band(spec: AttentionSpec) -> AttentionSpec:
+    """`spec` with nothing but intervals to say who sees what."""
+    return dataclasses.replace(spec, window_left=None, window_right=None, alignment=TOP_LEFT)
 
 
 class KernelInterval(NamedTuple):
@@ -176,12 +195,12 @@ def _reduce(*parts: tuple[Array, Callable[[Array, Array], Array], int | Array]) 
     return lax.reduce(arrays, starts, combine, (arrays[0].ndim - 1,))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _interval(
-    limits: Limits, lengths: tuple[int, int], window: tuple, bottom_right: bool
+    limits: Limits, rows: Array, lengths: tuple[int, int], window: tuple, bottom_right: bool
 ) -> tuple[Array, Array]:
-    seqlen_q, seqlen_k = lengths
-    start, end = _sequences(limits, lengths, window, bottom_right)
+    seqlen_k = lengths[1]
+    start, end = _sequences(limits, rows[None], lengths, window, bottom_right)
     if limits.kv_start is not None:
         start = jnp.maximum(start, jnp.minimum(limits.kv_start, seqlen_k))
     if limits.kv_end is not None:
@@ -192,7 +211,6 @@ def _interval(
         start, end = jnp.maximum(start, first), jnp.minimum(end, last)
         # A row that sees no key of its segment anyway needs no run.
         broken = ~contiguous & (start < end)
-    rows = jnp.zeros(seqlen_q, jnp.int32)
     start, end, _ = jnp.broadcast_arrays(start, jnp.maximum(start, end), rows)
     if broken is not None:
         start, end = (jnp.where(broken, BROKEN, x) for x in (start, end))
@@ -200,11 +218,11 @@ def _interval(
 
 
 def _sequences(
-    limits: Limits, lengths: tuple[int, int], window: tuple, bottom_right: bool
+    limits: Limits, row: Array, lengths: tuple[int, int], window: tuple, bottom_right: bool
 ) -> tuple[Array, Array]:
-    """[start, end) of what `cu_seqlens` or lengths, and a band of each sequence, leave visible."""
+    """[start, end) of what `cu_seqlens` or lengths, and a band of each sequence, leave visible to
+    queries `row` [1, T]."""
     seqlen_q, seqlen_k = lengths
-    row = jnp.arange(seqlen_q, dtype=jnp.int32)[None]
     # No side of a window reaches further than this, and sums stay within int32.
     window = tuple(None if side is None else min(side, max(lengths)) for side in window)
     if limits.cu_seqlens_q is not None:

@@ -7,7 +7,7 @@ import warnings
 
 import jax.numpy as jnp
 
-from fa4_jax import FallbackWarning, _variants
+from fa4_jax import FallbackWarning, _variants, flash_attention
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -18,12 +18,16 @@ def between(name):
     return text.strip()
 
 
-def test_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_examples_run():
+    """One after another: what the first defines, the second uses."""
     names = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FallbackWarning)  # On a CPU, as the README says.
-        exec(code, names)
+        for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+            exec(code, names)
+    assert names["mesh"].size > 1
+    expected = flash_attention(*(names[name] for name in "qkv"), causal=True)
+    assert float(jnp.abs(names["out"] - expected).astype(jnp.float32).max()) < 2e-2
     assert names["dq"].shape == names["q"].shape
     assert names["dk"].shape == names["dv"].shape == names["k"].shape
     for gradient in ("dq", "dk", "dv"):
