@@ -328,12 +328,8 @@ class Harness:
         """Whether --max-seconds are spent."""
         return time.monotonic() > self.deadline
 
-    def run(self, cases: Iterable[Case]) -> list[Measurement]:
-        """All measurements of all cases, in the order of the table."""
-        return [measurement for case in cases for measurement in self.measure(case)]
-
     def measure(self, case: Case) -> list[Measurement]:
-        """Compile, check and time one case."""
+        """Compile, check and time one case; in the order of the table."""
         measurements = {
             (implementation, timed): Measurement(case, implementation, timed)
             for timed in PASSES
@@ -653,6 +649,28 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return found
 
 
+def save(
+    options: argparse.Namespace, environment: dict, dispatch_ms: float, rows: list[dict]
+) -> None:
+    """What has been measured so far, to --csv and --json: a run that is cut short loses nothing."""
+    if options.csv:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.json:
+        method = {
+            "round_ms": options.round_ms,
+            "rest_ms": options.rest_ms,
+            "settle_ms": options.settle_ms,
+            "rounds": options.rounds,
+            "dispatch_ms": dispatch_ms,
+            "max_difference": MAX_DIFFERENCE,
+        }
+        report = {"environment": environment, "method": method, "results": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: something was timed and nothing was wrong; 1: otherwise."""
     options = parser().parse_args(arguments)
@@ -669,28 +687,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report = {"environment": environment, "host": costs}
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         return 0 if good else 1
-    harness = Harness(options)
-    rows = [m.row(harness.dispatch_ms) for m in harness.run(chosen)]
+    harness, rows = Harness(options), []
+    for case in chosen:
+        rows += [m.row(harness.dispatch_ms) for m in harness.measure(case)]
+        save(options, environment, harness.dispatch_ms, rows)
     progress("")
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     print(f"a trivial program takes {harness.dispatch_ms * 1e3:.0f} us to enqueue\n")
     print(table(rows))
-    if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    if options.json:
-        method = {
-            "round_ms": options.round_ms,
-            "rest_ms": options.rest_ms,
-            "settle_ms": options.settle_ms,
-            "rounds": options.rounds,
-            "dispatch_ms": harness.dispatch_ms,
-            "max_difference": MAX_DIFFERENCE,
-        }
-        report = {"environment": environment, "method": method, "results": rows}
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot(rows, f"{environment['device']}, jax {environment['jax']}", options.plot)
     wrong = any(row["reason"].startswith("wrong result") for row in rows)

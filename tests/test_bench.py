@@ -80,6 +80,24 @@ def test_report_is_consistent(tmp_path, capsys):
     assert "d64-s64-b2-h4k2-causal" in capsys.readouterr().out
 
 
+def test_a_run_that_is_cut_short_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    measure = bench.Harness.measure
+
+    def until_the_second(harness, case):
+        if case.causal:
+            raise KeyboardInterrupt
+        return measure(harness, case)
+
+    monkeypatch.setattr(bench.Harness, "measure", until_the_second)
+    csv_path = tmp_path / "out.csv"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, f"--impl xla --pass fwd --csv {csv_path}")
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert row["name"] == "d64-s64-b2-h4k2-full"
+    with csv_path.open(newline="") as file:
+        assert [r["name"] for r in csv.DictReader(file)] == [row["name"]]
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="fa4 fails only without a GPU")
 def test_a_failing_implementation_is_reported(tmp_path):
     status, rows = run(tmp_path, "--impl fa4,reference --pass fwd --causal full")
@@ -165,7 +183,7 @@ def test_backward_is_the_difference_and_rounds_are_interleaved(tmp_path, monkeyp
     monkeypatch.setattr(bench, "build", build)
     options = bench.parser().parse_args([*TINY.split(), "--impl", "xla,reference"])
     harness = bench.Harness(options)
-    measured = {(m.timed, m.implementation): m for m in harness.run(bench.cases(options)[:1])}
+    measured = {(m.timed, m.implementation): m for m in harness.measure(bench.cases(options)[0])}
     for implementation in ("xla", "reference"):
         assert measured["fwd", implementation].milliseconds == 2.0
         assert measured["bwd", implementation].milliseconds == 2.5
@@ -188,7 +206,7 @@ def test_a_round_begins_with_what_does_not_count(monkeypatch):
     monkeypatch.setattr(bench, "build", lambda *_: Program("fwd", []))
     arguments = [*TINY.split(), *"--impl reference --pass fwd --settle-ms 4".split()]
     options = bench.parser().parse_args(arguments)
-    (measured,) = bench.Harness(options).run(bench.cases(options)[:1])
+    (measured,) = bench.Harness(options).measure(bench.cases(options)[0])
     assert asked == [2, 3] + 3 * [8, 2]
     assert measured.samples == 3 * [0.5]
 
