@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -63,6 +64,11 @@ class Config:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {self.dtype}; choose float32, bfloat16 or float16")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP."""
+        return 8 * self.width // 3 // 64 * 64
 
 
 PRESETS = {
@@ -108,6 +114,20 @@ def validation_batches(text: np.ndarray, config: Config, count: int = 4) -> list
     return np.split(text[starts[:, None] + np.arange(config.seqlen + 1)], count)
 
 
+class Batch(NamedTuple):
+    """What a step sees. Only attention looks at more than one position, so any order will do."""
+
+    tokens: Any  # [batch, seqlen]
+    targets: Any  # [batch, seqlen]: the byte after each token
+    positions: Any  # [seqlen]
+
+
+def in_order(windows: np.ndarray) -> Batch:
+    """A batch in the order of positions, of windows [batch, seqlen + 1]."""
+    positions = np.arange(windows.shape[1] - 1, dtype=np.int32)
+    return Batch(windows[:, :-1], windows[:, 1:], positions)
+
+
 def unigram_entropy(text: np.ndarray) -> float:
     """Loss, in nats per byte, of the best model that ignores the context."""
     frequencies = np.bincount(text, minlength=VOCABULARY) / len(text)
@@ -122,11 +142,11 @@ def rms_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     return (x32 * scale).astype(x.dtype)
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary position embedding of x [B, T, N, H]."""
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding of x [B, T, N, H] at positions [T]."""
     half = x.shape[-1] // 2
     frequencies = 10_000.0 ** (-jnp.arange(half) / half)
-    angles = jnp.arange(x.shape[1])[:, None, None] * frequencies
+    angles = positions[:, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -153,7 +173,6 @@ class Block(eqx.Module):
     def __init__(self, config: Config, key: jax.Array):
         keys = jax.random.split(key, 7)
         width, heads, head_dim = config.width, config.heads, config.head_dim
-        hidden = 8 * width // 3 // 64 * 64
         depth = 2 * config.layers  # Keeps the residual stream's variance independent of depth.
         self.attention_norm = jnp.ones(width)
         self.q = normal(keys[0], width, width, heads, head_dim)
@@ -161,20 +180,21 @@ class Block(eqx.Module):
         self.v = normal(keys[2], width, width, config.kv_heads, head_dim)
         self.out = normal(keys[3], heads * head_dim * depth, heads, head_dim, width)
         self.mlp_norm = jnp.ones(width)
-        self.gate = normal(keys[4], width, width, hidden)
-        self.up = normal(keys[5], width, width, hidden)
-        self.down = normal(keys[6], hidden * depth, hidden, width)
+        self.gate = normal(keys[4], width, width, config.hidden)
+        self.up = normal(keys[5], width, width, config.hidden)
+        self.down = normal(keys[6], config.hidden * depth, config.hidden, width)
 
-    def __call__(self, x: jax.Array, attention: Attention) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
         h = rms_norm(x, self.attention_norm).astype(self.q.dtype)
         q, k, v = (jnp.einsum("btc,cnh->btnh", h, weight) for weight in (self.q, self.k, self.v))
-        x += jnp.einsum("btnh,nhc->btc", attention(rotate(q), rotate(k), v), self.out)
+        q, k = rotate(q, positions), rotate(k, positions)
+        x += jnp.einsum("btnh,nhc->btc", attention(q, k, v), self.out)
         h = rms_norm(x, self.mlp_norm).astype(self.gate.dtype)
         return x + (jax.nn.silu(h @ self.gate) * (h @ self.up)) @ self.down
 
 
 class GPT(eqx.Module):
-    """Bytes [B, T] to the logits [B, T, 256] of each next byte."""
+    """Bytes [B, T] at positions [T] to the logits [B, T, 256] of each next byte."""
 
     embedding: jax.Array
     blocks: list[Block]
@@ -188,17 +208,19 @@ class GPT(eqx.Module):
         self.norm = jnp.ones(config.width)
         self.head = normal(last, config.width, config.width, VOCABULARY)
 
-    def __call__(self, tokens: jax.Array, attention: Attention, dtype: str) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, attention: Attention, dtype: str
+    ) -> jax.Array:
         model = jax.tree.map(lambda weight: weight.astype(dtype), self)
         x = model.embedding[tokens].astype(jnp.float32)  # The residual stream stays in float32.
         for block in model.blocks:
-            x = block(x, attention)
+            x = block(x, positions, attention)
         x = rms_norm(x, model.norm).astype(dtype)
         return jnp.einsum("btc,cv->btv", x, model.head, preferred_element_type=jnp.float32)
 
 
-def choose_attention(name: str | None, config: Config) -> tuple[str, Attention]:
-    """The attention called `name`; None means FA4 where it runs here, else the reference."""
+def choose_attention(name: str | None, config: Config) -> str:
+    """`name`, if it runs here; for None, FA4 where it runs, else the reference."""
     on_gpu = jax.default_backend() == "gpu"
     if name is None:
         q, kv = (
@@ -209,14 +231,34 @@ def choose_attention(name: str | None, config: Config) -> tuple[str, Attention]:
         name = "fa4" if supported else "reference"
     if name in ("fa4", "cudnn") and not on_gpu:
         sys.exit(
-            f"train_gpt: --attention {name} needs an NVIDIA GPU, but JAX's default device is a "
+            f"error: --attention {name} needs an NVIDIA GPU, but JAX's default device is a "
             f"{jax.default_backend()}. Use --attention reference (the same attention in plain "
             "JAX), or on a machine with a GPU install JAX for CUDA: pip install '.[cuda13]'."
         )
+    return name
+
+
+def causal_attention(name: str) -> Attention:
+    """One of ATTENTIONS."""
     if name in ("fa4", "reference"):
-        return name, functools.partial(fa4_jax.flash_attention, causal=True, implementation=name)
+        return functools.partial(fa4_jax.flash_attention, causal=True, implementation=name)
     jax_nn = jax.nn.dot_product_attention
-    return name, functools.partial(jax_nn, is_causal=True, implementation=name)
+    return functools.partial(jax_nn, is_causal=True, implementation=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How and where a run computes; unless said otherwise, on one device."""
+
+    name: str
+    attention: Attention
+    """Of a training step."""
+    sample_attention: Attention
+    """Of one sequence of any length, in the order of positions."""
+    batch: Callable[[np.ndarray], Batch] = in_order
+    """Of windows [batch, seqlen + 1]."""
+    shardings: Callable[[Any], Any] = lambda shapes: None
+    """Of a tree of parameters or of optimizer state."""
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
@@ -228,21 +270,35 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
 
-def make_steps(config: Config, attention: Attention, optimizer: optax.GradientTransformation):
-    """Compiled (train_step, loss) for windows [batch, seqlen + 1] of bytes."""
+class Training(NamedTuple):
+    """The state at step 0, and compiled functions."""
 
-    def loss_of(model: GPT, windows: jax.Array) -> jax.Array:
-        windows = windows.astype(jnp.int32)
-        logits = model(windows[:, :-1], attention, config.dtype)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+    model: GPT
+    state: optax.OptState
+    step: Callable[[GPT, optax.OptState, Batch], tuple[GPT, optax.OptState, jax.Array]]
+    loss: Callable[[GPT, Batch], jax.Array]
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def train_step(model: GPT, state: optax.OptState, windows: jax.Array):
-        loss, gradients = jax.value_and_grad(loss_of)(model, windows)
+
+def prepare(config: Config, setup: Setup) -> Training:
+    """What a training loop needs."""
+    optimizer = make_optimizer(config)
+
+    def loss_of(model: GPT, batch: Batch) -> jax.Array:
+        tokens, targets = batch.tokens.astype(jnp.int32), batch.targets.astype(jnp.int32)
+        logits = model(tokens, batch.positions, setup.attention, config.dtype)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+    def step(model: GPT, state: optax.OptState, batch: Batch):
+        loss, gradients = jax.value_and_grad(loss_of)(model, batch)
         updates, state = optimizer.update(gradients, state, model)
         return optax.apply_updates(model, updates), state, loss
 
-    return train_step, jax.jit(loss_of)
+    model = jax.eval_shape(lambda: GPT(config))
+    shardings = setup.shardings(model), setup.shardings(jax.eval_shape(optimizer.init, model))
+    model = jax.jit(GPT, static_argnums=0, out_shardings=shardings[0])(config)
+    state = jax.jit(optimizer.init, out_shardings=shardings[1])(model)
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+    return Training(model, state, step, jax.jit(loss_of))
 
 
 def sample(model: GPT, prompt: bytes, length: int, config: Config, attention: Attention) -> str:
@@ -252,7 +308,7 @@ def sample(model: GPT, prompt: bytes, length: int, config: Config, attention: At
     def generate(model: GPT, tokens: jax.Array, key: jax.Array) -> jax.Array:
         def extend(i: jax.Array, tokens: jax.Array) -> jax.Array:
             # Attention is causal: what stands after position i - 1 cannot change its logits.
-            logits = model(tokens, attention, config.dtype)[0, i - 1]
+            logits = model(tokens, jnp.arange(length), attention, config.dtype)[0, i - 1]
             token = jax.random.categorical(jax.random.fold_in(key, i), logits / 0.8)
             return tokens.at[0, i].set(token)
 
@@ -265,17 +321,13 @@ def sample(model: GPT, prompt: bytes, length: int, config: Config, attention: At
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def train(config: Config, attention_name: str | None, out: pathlib.Path) -> None:
+def train(config: Config, setup: Setup, out: pathlib.Path) -> None:
     """Train, report while training, and write log.json, loss.png and sample.txt to `out`."""
-    name, attention = choose_attention(attention_name, config)
     text, held_out = standard_library()
-    validation = validation_batches(held_out, config)
-    optimizer = make_optimizer(config)
-    train_step, loss_of = make_steps(config, attention, optimizer)
-    model = jax.jit(GPT, static_argnums=0)(config)
-    state = jax.jit(optimizer.init)(model)
+    validation = [setup.batch(windows) for windows in validation_batches(held_out, config)]
+    model, state, train_step, loss_of = prepare(config, setup)
     log = {
-        "attention": name,
+        "attention": setup.name,
         "config": dataclasses.asdict(config),
         "data_sha256": hashlib.sha256(text).hexdigest(),
         "device": jax.devices()[0].device_kind,
@@ -287,7 +339,7 @@ def train(config: Config, attention_name: str | None, out: pathlib.Path) -> None
         "validation": [],
     }
     print(
-        f"{log['parameters'] / 1e6:.1f} M parameters, {name} attention on {log['device']}, "
+        f"{log['parameters'] / 1e6:.1f} M parameters, {setup.name} attention on {log['device']}, "
         f"{len(text) / 1e6:.1f} MB of Python, unigram entropy {log['unigram_entropy']:.3f} nats"
     )
 
@@ -299,17 +351,18 @@ def train(config: Config, attention_name: str | None, out: pathlib.Path) -> None
     for i, steps in enumerate(chunks):
         start, losses = time.perf_counter(), []
         for step in steps:
-            model, state, loss = train_step(model, state, random_batch(text, config, step))
+            batch = setup.batch(random_batch(text, config, step))
+            model, state, loss = train_step(model, state, batch)
             losses.append(loss)
         log["loss"] += [float(loss) for loss in jax.device_get(losses)]
         if not np.isfinite(log["loss"]).all():
-            sys.exit(f"train_gpt: loss is {log['loss'][-1]} by step {steps.stop}: diverged")
+            sys.exit(f"error: loss is {log['loss'][-1]} by step {steps.stop}: diverged")
         seconds_per_step.append((time.perf_counter() - start) / len(steps))
         # The median leaves out the first chunk, which compiles.
         log["tokens_per_second"] = config.batch * config.seqlen / float(np.median(seconds_per_step))
         progress.update(len(steps))
         if (i + 1) % max(1, len(chunks) // 5) == 0 or steps is chunks[-1]:
-            value = float(np.mean([loss_of(model, windows) for windows in validation]))
+            value = float(np.mean([loss_of(model, batch) for batch in validation]))
             log["validation"].append([steps.stop, value])
             tqdm.write(
                 f"step {steps.stop}: loss {log['loss'][-1]:.4f}, validation {value:.4f}, "
@@ -317,7 +370,8 @@ def train(config: Config, attention_name: str | None, out: pathlib.Path) -> None
             )
     progress.close()
 
-    continuation = sample(model, b"def ", min(256, config.seqlen), config, attention)
+    length = min(256, config.seqlen)
+    continuation = sample(model, b"def ", length, config, setup.sample_attention)
     print(f"--- sample ---\n{continuation}\n--------------")
     (out / "sample.txt").write_text(continuation, encoding="utf-8")
     (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
@@ -372,18 +426,31 @@ def compare(paths: list[pathlib.Path], out: pathlib.Path, after: int = 20) -> bo
     return agree
 
 
-def main() -> None:
-    """Parse the command line and train or compare."""
+def make_parser(description: str | None, attentions: tuple[str, ...]) -> argparse.ArgumentParser:
+    """A parser of what a run needs."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--attention", choices=ATTENTIONS, help="default: fa4 where it runs")
+    parser.add_argument("--attention", choices=attentions, help="default: fa4 where it runs")
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu on a GPU, else cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs"), metavar="DIR")
+    for name, value in dataclasses.asdict(PRESETS["cpu"]).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    return parser
+
+
+def config_of(arguments: argparse.Namespace) -> Config:
+    """Raises ValueError if there is no such run."""
+    preset = arguments.preset or ("gpu" if jax.default_backend() == "gpu" else "cpu")
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(PRESETS[preset], **given)
+
+
+def main() -> None:
+    """Parse the command line and train or compare."""
+    parser = make_parser(__doc__, ATTENTIONS)
     parser.add_argument("--compare", nargs="+", type=pathlib.Path, metavar="LOG.JSON")
-    options = {name: type(value) for name, value in dataclasses.asdict(PRESETS["cpu"]).items()}
-    for name, kind in options.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.compare:
@@ -391,13 +458,13 @@ def main() -> None:
             parser.error("--compare needs two logs or more")
         sys.exit(0 if compare(arguments.compare, arguments.out) else 1)
 
-    preset = arguments.preset or ("gpu" if jax.default_backend() == "gpu" else "cpu")
-    given = {name: value for name in options if (value := getattr(arguments, name)) is not None}
     try:
-        config = dataclasses.replace(PRESETS[preset], **given)
+        config = config_of(arguments)
     except ValueError as error:
         parser.error(str(error))
-    train(config, arguments.attention, arguments.out)
+    name = choose_attention(arguments.attention, config)
+    attention = causal_attention(name)
+    train(config, Setup(name, attention, attention), arguments.out)
 
 
 if __name__ == "__main__":
