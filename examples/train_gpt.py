@@ -339,7 +339,7 @@ def train(config: Config, setup: Setup, out: pathlib.Path) -> None:
         "validation": [],
     }
     print(
-        f"{log['parameters'] / 1e6:.1f} M parameters, {setup.name} attention on {log['device']}, "
+        f"{log['parameters'] / 1e6:.1f} M parameters, attention: {setup.name}, on {log['device']}, "
         f"{len(text) / 1e6:.1f} MB of Python, unigram entropy {log['unigram_entropy']:.3f} nats"
     )
 
