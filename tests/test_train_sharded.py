@@ -34,6 +34,14 @@ MESHES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unoptimised():
+    """What the CPU's code generator optimises takes longer than these programs run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def train_sharded():
     with pytest.MonkeyPatch.context() as monkeypatch:
