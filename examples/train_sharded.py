@@ -163,8 +163,8 @@ def main() -> None:
         check(config, arguments.mesh)
     except ValueError as error:
         parser.error(str(error))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     implementation = train_gpt.choose_attention(arguments.attention, config)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     train_gpt.train(config, setup_on(mesh, implementation), arguments.out)
 
 
