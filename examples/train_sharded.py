@@ -62,7 +62,7 @@ def check(config: Config, sizes: dict[str, int]) -> None:
         f"{name} {value} is not a multiple of {multiple}, as {axis}={sizes[axis]} needs"
         for name, value, multiple, axis in (
             ("batch", config.batch, data, "data"),
-            ("seqlen", config.seqlen, 2 * context if context > 1 else 1, "context"),
+            ("seqlen", config.seqlen, 2 * context, "context"),
             ("heads", config.heads, tensor, "tensor"),
             ("the MLP's width", config.hidden, tensor, "tensor"),
         )
@@ -128,10 +128,10 @@ def setup_on(mesh: Mesh, implementation: str) -> Setup:
 
     def sharding_of(path: tuple, shape: jax.ShapeDtypeStruct) -> NamedSharding:
         dimension = TENSOR_DIMENSION.get(getattr(path[-1], "name", ""))
-        spec = P() if dimension is None else P(*(None,) * dimension, "tensor")
-        if dimension is not None and shape.shape[dimension] % mesh.shape["tensor"]:
-            spec = P()  # Key/value heads that devices share.
-        return NamedSharding(mesh, spec)
+        # Key/value heads that devices share are on all of them, too.
+        if dimension is None or shape.shape[dimension] % mesh.shape["tensor"]:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, P(*(None,) * dimension, "tensor"))
 
     def shardings(shapes: Any) -> Any:
         return jax.tree_util.tree_map_with_path(sharding_of, shapes)

@@ -163,6 +163,7 @@ def test_on_gpus_it_runs_the_kernels(train_sharded, text, config, without_librar
     [
         ("data=3", {}, "batch 8 is not a multiple of 3, as data=3 needs"),
         ("context=2", {"seqlen": 34}, "seqlen 34 is not a multiple of 4, as context=2 needs"),
+        ("data=8", {"seqlen": 33}, "seqlen 33 is not a multiple of 2, as context=1 needs"),
         ("tensor=8", {"heads": 4}, "heads 4 is not a multiple of 8, as tensor=8 needs"),
         ("tensor=3", {"heads": 6}, "the MLP's width 128 is not a multiple of 3"),
         ("tensor=2", {"heads": 6, "kv_heads": 3}, "kv-heads 3 is neither a multiple nor"),
