@@ -57,8 +57,9 @@ def pulled(
     """out, residual if there is a cotangent for it, dq, dk, dv by name; then all gradients."""
     results, vjp = jax.vjp(attention, *primals)
     gradients = vjp(dout if dresidual is None else (dout, dresidual))
-    named = {"out": results} if dresidual is None else dict(zip(("out", "residual"), results))
-    return named | dict(zip(("dq", "dk", "dv"), gradients)), gradients
+    results = (results,) if dresidual is None else results
+    named = dict(zip(("out", "residual"), results, strict=False))
+    return named | dict(zip(("dq", "dk", "dv"), gradients, strict=False)), gradients
 
 
 @jit
@@ -302,21 +303,26 @@ def test_vmap_of_gradients_of_a_sum(is_q_only: bool, has_bias: bool) -> None:
         assert_conforms({n: x[i] for n, x in results.items()}, *one, jnp.ones_like(q), bias=bias)
 
 
-def on_mesh(step: Callable, given: Sequence, specs: Sequence[P], results: dict[str, P]) -> dict:
-    """`step` with the shardings of its operands and results said to `jit`, on 2 x 2 devices."""
+def on_mesh(step: Callable, given: Sequence, specs: Sequence, results: dict[str, P]) -> dict:
+    """`step`, with the shardings of operands and results given to `jit`, on 2 x 2 devices."""
     mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
-    place = functools.partial(NamedSharding, mesh)
-    shardings = [place(spec) for spec in specs]
-    outs = {name: place(spec) for name, spec in results.items()}
-    found = jit(step, in_shardings=shardings, out_shardings=outs)(*given)
-    assert all(found[name].sharding.is_equivalent_to(outs[name], found[name].ndim) for name in outs)
-    # On one device again, where the oracle computes.
-    return {name: jnp.asarray(np.asarray(x)) for name, x in found.items()}
+
+    def place(tree: Any) -> Any:
+        is_spec = lambda x: isinstance(x, P)  # noqa: E731 - too short for a name of its own
+        return jax.tree.map(functools.partial(NamedSharding, mesh), tree, is_leaf=is_spec)
+
+    found = jit(step, in_shardings=place(tuple(specs)), out_shardings=place(results))(*given)
+    return off_mesh(found)
 
 
-# Of q, k, v and dout.
+def off_mesh(results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """On one device, where the oracle is."""
+    return {name: jnp.asarray(np.asarray(x)) for name, x in results.items()}
+
+
+# Of q, k, v, dout and what has their shapes.
 HEADS_SPLIT = P("dp", None, "tp")
-GRADIENTS = {name: HEADS_SPLIT for name in ("out", "dq", "dk", "dv")}
+RESULTS = ("out", "dq", "dk", "dv")
 
 
 # multi-GPU: test_sdpa, _inference, _broadcast_bias_and_dbias and test_layouts.
@@ -334,34 +340,168 @@ GRADIENTS = {name: HEADS_SPLIT for name in ("out", "dq", "dk", "dv")}
 )
 def test_bias_and_mask_on_a_mesh(bias_dims, has_mask: bool, is_bnth: bool) -> None:
     """Layout [B, N, T, H] is a transposition of the operands and of out."""
-    *primals, dout = operands((4, T, N, H), (4, S, N, H), dtype="float16" if is_bnth else "bfloat16")
+    dtype = "float16" if is_bnth else "bfloat16"
+    *primals, dout = operands((4, T, N, H), (4, S, N, H), dtype=dtype)
     rng, extras, specs = np.random.default_rng(7), {}, {}
     if bias_dims:
-        (extras["bias"],) = arrays(rng, (*bias_dims, T, S), dtype=dout.dtype)
+        (extras["bias"],) = arrays(rng, (*bias_dims, T, S), dtype=dtype)
         specs["bias"] = P("dp" if bias_dims[0] > 1 else None, "tp" if bias_dims[1] > 1 else None)
     if has_mask:
         extras["mask"], specs["mask"] = jnp.asarray(rng.random((4, N, T, S)) < 0.5), P("dp", "tp")
-    transposed = (lambda x: x.swapaxes(1, 2)) if is_bnth else (lambda x: x)
+
+    def transposed(x):
+        return x.swapaxes(1, 2) if is_bnth else x
 
     def attention(q, k, v, extras):
-        q, k, v = map(transposed, (q, k, v))
-        return transposed(dot_product_attention(q, k, v, **extras, scale=0.5))
+        return transposed(dot_product_attention(*map(transposed, (q, k, v)), **extras, scale=0.5))
 
     def step(q, k, v, dout, extras):
         results, gradients = pulled(attention, q, k, v, extras, dout=dout)
         return results | ({"dbias": gradients[3]["bias"]} if bias_dims else {})
 
     split = P("dp", "tp") if is_bnth else HEADS_SPLIT
-    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
-    places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-    whole = NamedSharding(mesh, split)
-    found = jit(
-        step,
-        in_shardings=(whole,) * 4 + (places,),
-        out_shardings=dict.fromkeys(("out", "dq", "dk", "dv"), whole)
-        | ({"dbias": places["bias"]} if bias_dims else {}),
-    )(*map(transposed, (*primals, dout)), extras)
-    found = {n: jnp.asarray(np.asarray(x)) for n, x in found.items()}
-    found = {n: x if n == "dbias" else transposed(x) for n, x in found.items()}
+    result_specs = dict.fromkeys(RESULTS, split) | ({"dbias": specs["bias"]} if bias_dims else {})
+    given = *map(transposed, (*primals, dout)), extras
+    found = on_mesh(step, given, (*[split] * 4, specs), result_specs)
+    found |= {name: transposed(found[name]) for name in RESULTS}
     seen = grouped(extras["mask"], N) if has_mask else True
     assert_conforms(found, *primals, dout, seen, 0.5, extras.get("bias"))
+
+
+# multi-GPU: test_sdpa_packed_layout. What is padding has ids that the other side lacks.
+PACKED = np.array(
+    [
+        [0] * 7 + [1] * 7 + [2] * 6,
+        [0] * 6 + [1] * 7 + [-1] + [2] * 6,
+        [0] * 8 + [1] * 7 + [-1] * 5,
+        [0] * 15 + [-1] * 5,
+    ]
+)
+
+
+@pytest.mark.parametrize(("kv_heads", "is_causal"), [(4, False), (2, True)])
+def test_packed_segments_on_a_mesh(kv_heads: int, is_causal: bool) -> None:
+    *primals, dout = operands((4, T, N, H), (4, T, kv_heads, H))
+    ids = {"q_segment_ids": PACKED, "kv_segment_ids": np.where(PACKED < 0, -2, PACKED)}
+
+    def step(q, k, v, dout, ids):
+        kwargs = {"scale": 0.1, "is_causal": is_causal, **ids}
+        return pulled(functools.partial(dot_product_attention, **kwargs), q, k, v, dout=dout)[0]
+
+    given = *primals, dout, {name: jnp.asarray(x) for name, x in ids.items()}
+    specs = *[HEADS_SPLIT] * 4, dict.fromkeys(ids, P("dp"))
+    found = on_mesh(step, given, specs, dict.fromkeys(RESULTS, HEADS_SPLIT))
+    assert_conforms(found, *primals, dout, visible(T, T, causal=is_causal, **ids), 0.1)
+
+
+# multi-GPU: test_sdpa_residual.
+def test_residual_on_a_mesh() -> None:
+    *primals, dout = operands((4, T, N, H), (4, T, N, H))
+    (dresidual,) = arrays(np.random.default_rng(8), (4, T, N), dtype=dout.dtype)
+    attention = functools.partial(dot_product_attention, scale=1.0, return_residual=True)
+
+    def step(q, k, v, dout, dresidual):
+        return pulled(attention, q, k, v, dout=dout, dresidual=dresidual)[0]
+
+    results = dict.fromkeys((*RESULTS, "residual"), P("dp"))
+    found = on_mesh(step, (*primals, dout, dresidual), [P("dp")] * 5, results)
+    assert_conforms(found, *primals, dout, scale=1.0)
+
+
+# multi-GPU: test_sdpa_grad_sharded_regression_25986.
+def test_a_cotangent_that_is_the_same_everywhere_on_a_mesh() -> None:
+    *primals, dout = operands((2, T, 2, H), (2, T, 2, H))
+    mesh = jax.make_mesh((2,), ("dp",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, P("dp"))
+
+    def total(q, k, v):
+        out = dot_product_attention(q, k, v, scale=0.5)
+        return out.sum(), out
+
+    gradients, out = jit(jax.grad(total, (0, 1, 2), has_aux=True))(*jax.device_put(primals, split))
+    found = dict(zip(RESULTS, (out, *gradients), strict=True))
+    assert all(x.sharding.is_equivalent_to(split, 4) for x in found.values())
+    assert_conforms(off_mesh(found), *primals, jnp.ones_like(dout), scale=0.5)
+
+
+# multi-GPU: test_sdpa_shard_map_grad_regression_36008.
+def test_gradient_of_a_shard_map_of_one_operand() -> None:
+    *primals, dout = operands((4, T, N, H), (4, T, N, H))
+    mesh = jax.make_mesh((2, 2), ("dp", "tp"), axis_types=(AxisType.Auto,) * 2)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=HEADS_SPLIT, out_specs=HEADS_SPLIT)
+    def attention(qkv):
+        return dot_product_attention(*jnp.split(qkv, 3, -1), scale=1.0, is_causal=True)
+
+    def total(qkv):
+        out = attention(qkv)
+        return out.sum(), out
+
+    gradient, out = jit(jax.grad(total, has_aux=True))(jnp.concatenate(primals, -1))
+    found = dict(zip(RESULTS, (out, *jnp.split(gradient, 3, -1)), strict=True))
+    seen = visible(T, T, causal=True)
+    assert_conforms(off_mesh(found), *primals, jnp.ones_like(dout), seen, 1.0)
+
+
+# Where we differ from `jax.nn` on purpose: the README's table and its limits, from here on.
+theirs = jax.nn.dot_product_attention
+
+REFUSED = {
+    "traced scale": lambda f, q, k, v: f(q, k, v, scale=q[0, 0, 0, 0]),
+    "lists": lambda f, q, k, v: f(*[[[[0.5]]]] * 3),
+    "mixed ranks": lambda f, q, k, v: f(q[0], k[:1], v[:1]),
+    "integers": lambda f, q, k, v: f(*(x.astype(int) for x in (q, k, v))),
+    "integer bias": lambda f, q, k, v: f(q, k, v, jnp.ones((T, S), int)),
+    "negative window": lambda f, q, k, v: f(q, k, v, local_window_size=(4, -1)),
+    "forward mode": lambda f, q, k, v: jax.jvp(lambda q: f(q, k, v), (q,), (q,)),
+    "second derivative": lambda f, q, k, v: jax.hessian(lambda q: f(q, k, v).sum())(q),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_only_jax_nn_accepts(case: str) -> None:
+    primals = operands()[:3]
+    jax.eval_shape(functools.partial(REFUSED[case], theirs), *primals)
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        jax.jit(functools.partial(REFUSED[case], dot_product_attention)).lower(*primals)
+
+
+ACCEPTED = {
+    "head dim of v": lambda f, q, k, v: f(q, k, v[..., :8]),
+    "lengths in int8": lambda f, q, k, v: f(q, k, v, query_seq_lengths=jnp.ones(B, jnp.int8)),
+    "half a window": lambda f, q, k, v: f(q, k, v, local_window_size=(4, None)),
+}
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_only_we_accept(case: str) -> None:
+    primals = operands()[:3]
+    jax.eval_shape(functools.partial(ACCEPTED[case], dot_product_attention), *primals)
+    with pytest.raises((TypeError, ValueError)):
+        jax.eval_shape(functools.partial(ACCEPTED[case], theirs), *primals)
+
+
+def test_queries_without_a_key_have_no_gradient_and_an_infinite_residual() -> None:
+    q, k, v, dout = operands()
+    lengths = {"key_value_seq_lengths": jnp.array([0, S], jnp.int32)}
+
+    def first_entry(attention):
+        call = functools.partial(attention, return_residual=True, **lengths)
+        zeros = jnp.zeros((B, T, N), q.dtype)
+        results = jit(lambda *x: pulled(call, *x, dout=dout, dresidual=zeros)[0])(q, k, v)
+        return {name: np.asarray(x[0], np.float32) for name, x in results.items()}
+
+    ours, other = first_entry(dot_product_attention), first_entry(theirs)
+    assert np.all(ours.pop("residual") == -np.inf) and np.all(other["residual"] < -1e38)
+    assert not any(x.any() for x in ours.values())
+    assert np.all(np.isfinite(other["residual"])) and other["out"].all() and other["dv"].all()
+    with jax.debug_infs(True), pytest.raises(FloatingPointError):
+        dot_product_attention(q, k, v, **lengths)
+
+
+def test_float64_is_float64_throughout() -> None:
+    with jax.enable_x64(True):
+        q, k, v, _ = operands(dtype="float64")
+        expected, _ = Oracle(np.True_, 1 / math.sqrt(H)).forward(*as64(q, k, v))
+        assert np.abs(theirs(q, k, v) - expected).max() > 1e-9
+        assert_close(dot_product_attention(q, k, v), expected, tolerance=1e-14)
