@@ -36,8 +36,6 @@ from reference import (
 
 from fa4_jax import dot_product_attention
 
-pytestmark = pytest.mark.usefixtures("small_blocks")
-
 B, T, S, N, K, H = 2, 20, 24, 4, 2, 32
 # Programs run once: compiling them is what takes time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -124,9 +122,18 @@ def grouped(mask: Any, kv_heads: int = K) -> np.ndarray:
 
 
 # nn_test: testDotProductAttention.
-@pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "mapped"),
+    # Every pair of choices, not every triple.
+    [
+        ("bfloat16", 4, False),
+        ("bfloat16", 2, True),
+        ("bfloat16", 1, False),
+        ("float16", 4, True),
+        ("float16", 2, False),
+        ("float16", 1, True),
+    ],
+)
 def test_heads_and_residual(dtype: str, kv_heads: int, mapped: bool) -> None:
     """The residual has a cotangent, which changes nothing."""
     *primals, dout = operands(kv=(B, S, kv_heads, H), dtype=dtype)
@@ -211,7 +218,7 @@ def test_float64_and_a_mask_of_keys_under_debug_infs() -> None:
 # nn_test: testDotProductAttentionBiasGradient. multi-GPU: test_sdpa_dbias, but that a batch of more
 # than 1 has a gradient here.
 @pytest.mark.parametrize("mapped", [False, True])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
 def test_gradient_of_a_bias_with_a_batch(batch: int, mapped: bool) -> None:
     x, _, _, dout = operands((batch, T, N, H), (batch, T, N, H))
     (bias,) = arrays(np.random.default_rng(3), (batch, N, T, T), dtype="bfloat16")
@@ -237,10 +244,11 @@ def test_head_dims(dim: int, dim_v: int) -> None:
 
 # single-GPU: test_jacobian, _with_mask and _gqa_unequal_seqlen.
 @pytest.mark.parametrize(
-    ("kv_heads", "mask"), [(4, None), (2, None), (4, np.tri(3, 5, dtype=bool))], ids=str
+    "mask", [None, np.tri(3, 5, dtype=bool)], ids=["unmasked", "mask without leading axes"]
 )
-def test_jacobian(kv_heads: int, mask: Any) -> None:
-    q, k, v, _ = operands((1, 3, 4, 8), (1, 5, kv_heads, 8))
+def test_jacobian(mask: np.ndarray | None) -> None:
+    """Grouped heads and different lengths: no two dimensions can be mixed up."""
+    q, k, v, _ = operands((1, 3, 4, 8), (1, 5, 2, 8))
     out, jacobian = jit(
         lambda q: (
             dot_product_attention(q, k, v, mask=mask),
@@ -396,7 +404,7 @@ def test_packed_segments_on_a_mesh(kv_heads: int, is_causal: bool) -> None:
 
 # multi-GPU: test_sdpa_residual.
 def test_residual_on_a_mesh() -> None:
-    *primals, dout = operands((4, T, N, H), (4, T, N, H))
+    *primals, dout = operands((4, T, N, H), (4, S, N, H))
     (dresidual,) = arrays(np.random.default_rng(8), (4, T, N), dtype=dout.dtype)
     attention = functools.partial(dot_product_attention, scale=1.0, return_residual=True)
 
@@ -410,7 +418,7 @@ def test_residual_on_a_mesh() -> None:
 
 # multi-GPU: test_sdpa_grad_sharded_regression_25986.
 def test_a_cotangent_that_is_the_same_everywhere_on_a_mesh() -> None:
-    *primals, dout = operands((2, T, 2, H), (2, T, 2, H))
+    *primals, dout = operands(kv=(B, S, N, H))
     mesh = jax.make_mesh((2,), ("dp",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, P("dp"))
 
@@ -462,7 +470,7 @@ REFUSED = {
 def test_what_only_jax_nn_accepts(case: str) -> None:
     primals = operands()[:3]
     jax.eval_shape(functools.partial(REFUSED[case], theirs), *primals)
-    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match="fa4_|forward-mode"):
         jax.jit(functools.partial(REFUSED[case], dot_product_attention)).lower(*primals)
 
 
@@ -482,20 +490,22 @@ def test_what_only_we_accept(case: str) -> None:
 
 
 def test_queries_without_a_key_have_no_gradient_and_an_infinite_residual() -> None:
+    """`jax.debug_infs` finds it. `jax.nn` averages values; its residual is about -float32's max."""
     q, k, v, dout = operands()
     lengths = {"key_value_seq_lengths": jnp.array([0, S], jnp.int32)}
 
     def first_entry(attention):
         call = functools.partial(attention, return_residual=True, **lengths)
         zeros = jnp.zeros((B, T, N), q.dtype)
-        results = jit(lambda *x: pulled(call, *x, dout=dout, dresidual=zeros)[0])(q, k, v)
-        return {name: np.asarray(x[0], np.float32) for name, x in results.items()}
+        step = jit(lambda *x: pulled(call, *x, dout=dout, dresidual=zeros)[0])
+        return {name: np.asarray(x[0], np.float32) for name, x in step(q, k, v).items()}
 
     ours, other = first_entry(dot_product_attention), first_entry(theirs)
-    assert np.all(ours.pop("residual") == -np.inf) and np.all(other["residual"] < -1e38)
+    assert np.all(ours.pop("residual") == -np.inf)
     assert not any(x.any() for x in ours.values())
-    assert np.all(np.isfinite(other["residual"])) and other["out"].all() and other["dv"].all()
-    with jax.debug_infs(True), pytest.raises(FloatingPointError):
+    assert np.all(np.isfinite(other["residual"])) and np.all(other["residual"] < -1e38)
+    assert other["out"].all() and other["dv"].all()
+    with jax.debug_infs(True), pytest.raises(FloatingPointError, match="inf"):
         dot_product_attention(q, k, v, **lengths)
 
 
@@ -503,5 +513,6 @@ def test_float64_is_float64_throughout() -> None:
     with jax.enable_x64(True):
         q, k, v, _ = operands(dtype="float64")
         expected, _ = Oracle(np.True_, 1 / math.sqrt(H)).forward(*as64(q, k, v))
-        assert np.abs(theirs(q, k, v) - expected).max() > 1e-9
-        assert_close(dot_product_attention(q, k, v), expected, tolerance=1e-14)
+        out, other = jit(lambda *x: (dot_product_attention(*x), theirs(*x)))(q, k, v)
+        assert np.abs(other - expected).max() > 1e-9
+        assert_close(out, expected, tolerance=1e-14)
