@@ -357,9 +357,9 @@ def dot_product_attention(  # noqa: PLR0913 - jax.nn's signature, then ours
     """`jax.nn.dot_product_attention`, served by `flash_attention`.
 
     The arguments up to `return_residual` are jax.nn's, with its meanings: causal and window masks
-    are aligned top-left. Two results differ on purpose: a query that sees no key gets 0 here, and
-    the average of `value` in jax.nn; and `implementation` takes this package's names (None, "fa4",
-    "reference").
+    are aligned top-left. `implementation` takes this package's names (None, "fa4", "reference").
+    What else differs on purpose is in the README's table of libraries; above all, a query that sees
+    no key gets 0 here, and the average of `value` in jax.nn.
 
     Args:
       query: [B, T, N, D], or [T, N, D].

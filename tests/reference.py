@@ -173,6 +173,7 @@ def xla_attention(
     scale: float,
     sinks: Any = None,
     softcap: float | None = None,
+    bias: Any = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """The same computation by XLA in the operands' dtype: materialised logits, fp32 softmax.
 
@@ -180,7 +181,7 @@ def xla_attention(
     fp32, probabilities rounded to 16 bits before they meet v. Differentiable; gives the errors to
     beat.
     """
-    x = _einsum32("btkgd,bskd->bkgts", _group(q, k), k) * scale
+    x = _einsum32("btkgd,bskd->bkgts", _group(q, k), k) * scale + bias
     if softcap is not None:
         x = softcap * jnp.tanh(x / softcap)
     any_seen = seen.any(-1)
@@ -254,7 +255,7 @@ def _toward_zero(x: np.ndarray) -> np.ndarray:
 
 
 def xla_gradients(
-    operands, residuals, cotangents, seen, scale: float, softcap: float | None = None
+    operands, residuals, cotangents, seen, scale: float, softcap: float | None = None, bias=0.0
 ) -> tuple[jax.Array, ...]:
     """dq, dk, dv by XLA from what a flash backward is given: (q, k, v), (out, lse), (dout, dlse).
 
@@ -264,23 +265,31 @@ def xla_gradients(
     `xla_attention` keeps the probabilities instead, and errs up to 14 times less (dq, outlier
     channels, bf16), for T x S memory.
     """
+    (q, k, v), (dout, _) = operands, cotangents
+    p, ds = xla_logit_gradients(operands, residuals, cotangents, seen, scale, softcap, bias)
+    ds, p = ds.astype(q.dtype), p.astype(v.dtype)
+    dq = _ungroup(_einsum32("bkgts,bskd->btkgd", ds, k)) * scale
+    dk = _einsum32("bkgts,btkgd->bskd", ds, _group(q, k)) * scale
+    dv = _einsum32("bkgts,btkgv->bskv", p, _group(dout, k))
+    return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+
+
+def xla_logit_gradients(
+    operands, residuals, cotangents, seen, scale: float, softcap: float | None = None, bias=0.0
+) -> tuple[jax.Array, jax.Array]:
+    """What `xla_gradients` makes its products of: probabilities, and the derivative of the biased
+    logits, [B, K, G, T, S] in fp32."""
     (q, k, v), (out, lse), (dout, dlse) = operands, residuals, cotangents
-    qg, doutg = _group(q, k), _group(dout, k)
     stats = (q.shape[0], k.shape[2], -1, q.shape[1])
-    out, dout = out.astype(jnp.float32), dout.astype(jnp.float32)
-    dpsum = (jnp.einsum("btnv,btnv->bnt", out, dout) - dlse).reshape(stats)[..., None]
-    x, dcap = _einsum32("btkgd,bskd->bkgts", qg, k) * scale, 1.0
+    dpsum = jnp.einsum("btnv,btnv->bnt", out.astype(jnp.float32), dout.astype(jnp.float32)) - dlse
+    x, dcap = _einsum32("btkgd,bskd->bkgts", _group(q, k), k) * scale + bias, 1.0
     if softcap is not None:
         tanh = jnp.tanh(x / softcap)
         x, dcap = softcap * tanh, 1 - tanh**2
     shift = jnp.where(lse == -jnp.inf, 0, lse).reshape(stats)[..., None]
     p = jnp.where(seen, jnp.exp(jnp.where(seen, x - shift, 0)), 0)
-    ds = p * (_einsum32("btkgv,bskv->bkgts", doutg, v) - dpsum) * dcap
-    ds, p = ds.astype(q.dtype), p.astype(v.dtype)
-    dq = _ungroup(_einsum32("bkgts,bskd->btkgd", ds, k)) * scale
-    dk = _einsum32("bkgts,btkgd->bskd", ds, qg) * scale
-    dv = _einsum32("bkgts,btkgv->bskv", p, doutg)
-    return tuple(x.astype(q.dtype) for x in (dq, dk, dv))
+    dp = _einsum32("btkgv,bskv->bkgts", _group(dout, k), v)
+    return p, p * (dp - dpsum.reshape(stats)[..., None]) * dcap
 
 
 def arrays(rng: np.random.Generator, *shapes: tuple, dtype: Any = jnp.float32) -> list[jax.Array]:
