@@ -8,8 +8,8 @@
 All masks are intervals here. A device holds its rows in the order of their positions, so the keys
 of an interval [start, end) that a device holds are neighbours there too: the rows from how many of
 its positions are < start to how many are < end. So every device runs one and the same program,
-whatever the order, and the kernels skip the tiles that nobody sees: a causal step whose keys all
-lie ahead costs next to nothing.
+whatever the order, and the kernels skip the tiles that nobody sees: all of them in a causal step
+whose keys all lie ahead.
 """
 
 from __future__ import annotations
@@ -98,17 +98,17 @@ def context_parallel_attention(  # noqa: PLR0913 - as flash_attention
     """`flash_attention` of a sequence whose positions the devices of a mesh axis share.
 
     Call it inside `jax.shard_map`, with T and S sharded over `axis_name`; batch and heads may be
-    sharded over other axes. T and S below are one device's
-    share, c is the number of devices along the axis, and the sequence has c T queries and c S keys.
-    Masks speak of positions in the sequence, whatever `order` the arrays are in. Results are those
-    of `flash_attention` on the whole sequence, but for rounding, and so are gradients, which are
-    reverse-mode and once, as there.
+    sharded over other axes. T and S below are one device's share, c is the number of devices along
+    the axis, and the sequence has c T queries and c S keys. Masks speak of positions in the
+    sequence, whatever `order` the arrays are in. Results are those of `flash_attention` on the
+    whole sequence, but for rounding, and so are gradients, which are reverse-mode and once, as
+    there.
 
     Keys and values travel (Liu, Zaharia and Abbeel 2023, "Ring Attention with Blockwise
     Transformers"), queries stay. With "ring", a device holds two shares of k and v at a time, and
-    the next share arrives while it computes with the last; gradients of k and v travel along. With
-    "all_gather", every device holds all of k and v, in the backward pass as well, though none is
-    kept from one pass to the other.
+    the transfer of the next share waits for nothing that is computed with the last; gradients of k
+    and v travel along. With "all_gather", every device holds all of k and v, in the backward pass
+    as well, though none is kept from one pass to the other.
 
     With a causal mask most pairs of a query and a key that see each other are the last devices', if
     each holds neighbours: in order "contiguous" the first ones wait. "zigzag" gives each device the

@@ -22,9 +22,8 @@ the rounds and the distance between their quartiles.
 
 A GPU at its power limit lowers its clock, by what ran in the last second. So that no implementation
 inherits another's, the GPU rests for --rest-ms before each round, which then begins with
---settle-ms that don't count: a burst, as most published figures are. The other extreme, what an
-implementation sustains for long, is --rest-ms 0 --settle-ms 100: it depends on energy more than
-on time.
+--settle-ms that don't count: a burst. The other extreme, what an implementation sustains for long,
+is --rest-ms 0 --settle-ms 100.
 
 FLOPs, as the FlashAttention papers count them: forward 4 B N T S H, backward 2.5 times that, half
 when causal.
