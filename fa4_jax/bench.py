@@ -25,8 +25,13 @@ inherits another's, the GPU rests for --rest-ms before each round, which then be
 --settle-ms that don't count: a burst. The other extreme, what an implementation sustains for long,
 is --rest-ms 0 --settle-ms 100.
 
+Masks: `full`, `causal`, `window`, causal and of `WINDOW` keys, and `packed`, causal within each of
+`PACKED` sequences of other lengths that share the tokens. The last two aren't among the defaults;
+what they cost over their share of the work is the ratio of TFLOP/s to the causal case of as many
+tokens.
+
 FLOPs, as the FlashAttention papers count them: forward 4 B N T S H, backward 2.5 times that, half
-when causal.
+when causal, and of a window or of packed sequences the same of what they keep.
 
 Peers are imported where they are named: tokamax, and flash-attn-4, the official FlashAttention-4,
 which runs under PyTorch in this process, on the same arrays.
@@ -87,8 +92,15 @@ HOST_LIMITS = (10.0, 0.1)
 # Fewer than a stream holds before it makes the host wait.
 HOST_CALLS = 200
 
+MASKS = ("full", "causal", "window", "packed")
+# Keys that a query sees, its own among them.
+WINDOW = 4096
+# Lengths of packed sequences, for 16,384 tokens; the last one takes what is left of more or fewer.
+PACKED = (7000, 33, 3000, 512, 2500, 129, 1700, 1000, 510)
+
 Arrays = tuple[jax.Array, ...]
-Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attention = Callable[..., jax.Array]
+"""Of q, k, v and, for packed sequences, cu_seqlens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,30 +112,52 @@ class Case:
     heads: int
     kv_heads: int
     head_dim: int
-    causal: bool
+    mask: str
     dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
         """For example `d128-s4096-b4-h16-causal`; `h16k4` has 4 key/value heads."""
         heads = f"h{self.heads}" + (f"k{self.kv_heads}" if self.kv_heads != self.heads else "")
-        mask = "causal" if self.causal else "full"
-        return f"d{self.head_dim}-s{self.seqlen}-b{self.batch}-{heads}-{mask}{DTYPES[self.dtype]}"
+        return (
+            f"d{self.head_dim}-s{self.seqlen}-b{self.batch}-{heads}-{self.mask}{DTYPES[self.dtype]}"
+        )
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of packed sequences."""
+        tokens = self.batch * self.seqlen
+        *first, _ = (length * tokens // sum(PACKED) for length in PACKED)
+        return (*first, tokens - sum(first))
+
+    @property
+    def pairs(self) -> float:
+        """Of queries and keys, in all batch entries, half of them under a diagonal."""
+        if self.mask == "packed":
+            return sum(length**2 for length in self.lengths) / 2
+        hidden = max(0, self.seqlen - WINDOW) if self.mask == "window" else 0
+        seen = self.seqlen**2 - hidden**2
+        return self.batch * seen / (1 if self.mask == "full" else 2)
 
     def flops(self, timed: str) -> float:
         """Floating-point operations of one call of a pass."""
-        forward = 4.0 * self.batch * self.heads * self.seqlen**2 * self.head_dim
         passes = {"fwd": 1.0, "bwd": 2.5, "bwd_direct": 2.5, "fwd_bwd": 3.5}[timed]
-        return forward * passes / (2 if self.causal else 1)
+        return 4.0 * self.heads * self.pairs * self.head_dim * passes
 
     def inputs(self, seed: int) -> Arrays:
-        """Random normal (q, k, v, dout)."""
+        """Random normal (q, k, v, dout); of packed sequences without a batch axis, and
+        cu_seqlens."""
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         keys = jax.random.split(jax.random.key(seed), len(heads))
-        return tuple(
-            jax.random.normal(key, (self.batch, self.seqlen, n, self.head_dim), self.dtype)
+        packed = self.mask == "packed"
+        rows = (self.batch * self.seqlen,) if packed else (self.batch, self.seqlen)
+        arrays = tuple(
+            jax.random.normal(key, (*rows, n, self.head_dim), self.dtype)
             for key, n in zip(keys, heads, strict=True)
         )
+        if not packed:
+            return arrays
+        return *arrays, jnp.array([0, *itertools.accumulate(self.lengths)], jnp.int32)
 
 
 @dataclasses.dataclass
@@ -208,12 +242,16 @@ class Program:
 class TorchProgram(Program):
     """A pass of flash-attn-4, by PyTorch's autograd."""
 
-    def __init__(self, timed: str, causal: bool, input_sets: list[Arrays]):
+    def __init__(self, timed: str, mask: str, input_sets: list[Arrays]):
+        if mask == "packed":
+            raise NotImplementedError("packed sequences aren't timed with flash-attn-4")
         import torch  # pyright: ignore[reportMissingImports]
         from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
+        limits = {"window_size": (WINDOW - 1, 0)} if mask == "window" else {}
+
         def attend(q, k, v):
-            out = flash_attn_func(q, k, v, causal=causal)
+            out = flash_attn_func(q, k, v, causal=mask != "full", **limits)
             return out[0] if isinstance(out, tuple) else out
 
         def gradients(out, qkv, dout):
@@ -252,32 +290,41 @@ class TorchProgram(Program):
         return (time.perf_counter() - start) * 1e3 / calls
 
 
-def attention(implementation: str, causal: bool) -> Attention:
-    """out = f(q, k, v) of an implementation."""
+def attention(implementation: str, mask: str) -> Attention:
+    """The `Attention` of an implementation."""
+    causal, window = mask != "full", (WINDOW - 1, 0) if mask == "window" else None
     if implementation in ("fa4", "reference"):
-        from fa4_jax import flash_attention
+        from fa4_jax import flash_attention, flash_attention_varlen
 
-        return functools.partial(flash_attention, causal=causal, implementation=implementation)
+        attend = flash_attention_varlen if mask == "packed" else flash_attention
+        limits = {"window_size": window} if window else {}
+        return functools.partial(attend, causal=causal, implementation=implementation, **limits)
+    if mask == "packed":
+        raise NotImplementedError(f"{implementation} has no packed sequences")
+    limits = {"local_window_size": window} if window else {}
     if implementation == "tokamax":  # its own choice of tiles; on Hopper, Pallas for Mosaic GPU
         import tokamax  # pyright: ignore[reportMissingImports]
 
-        attend = tokamax.dot_product_attention
-        return functools.partial(attend, is_causal=causal, implementation="mosaic")
-    jax_nn: Any = jax.nn.dot_product_attention
-    return functools.partial(jax_nn, is_causal=causal, implementation=implementation)
+        attend, implementation = tokamax.dot_product_attention, "mosaic"
+    else:
+        attend: Any = jax.nn.dot_product_attention
+    return functools.partial(attend, is_causal=causal, implementation=implementation, **limits)
 
 
-def build(timed: str, implementation: str, causal: bool, input_sets: list[Arrays]) -> Program:
+def build(timed: str, implementation: str, mask: str, input_sets: list[Arrays]) -> Program:
     """The program of one pass (not of `bwd`, which is a difference)."""
     if implementation == "flash-attn-4":
-        return TorchProgram(timed, causal, input_sets)
-    attend = attention(implementation, causal)
+        return TorchProgram(timed, mask, input_sets)
+    attend = attention(implementation, mask)
 
-    def forward(q, k, v, dout):
-        return attend(q, k, v)
+    def forward(q, k, v, dout, *limits):
+        return attend(q, k, v, *limits)
 
-    def forward_backward(q, k, v, dout):
-        out, vjp = jax.vjp(attend, q, k, v)
+    def linearize(q, k, v, *limits):
+        return jax.vjp(lambda q, k, v: attend(q, k, v, *limits), q, k, v)
+
+    def forward_backward(q, k, v, dout, *limits):
+        out, vjp = linearize(q, k, v, *limits)
         return out, vjp(dout)
 
     if timed == "fwd":
@@ -285,8 +332,8 @@ def build(timed: str, implementation: str, causal: bool, input_sets: list[Arrays
     if timed == "fwd_bwd":
         return Program(forward_backward, input_sets)
     # A vjp function is a pytree of residuals, so one program can return it and another take it.
-    residuals = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1])
-    argument_sets = [(residuals(q, k, v), dout) for q, k, v, dout in input_sets]
+    residuals = jax.jit(lambda *operands: linearize(*operands)[1])
+    argument_sets = [(residuals(q, k, v, *limits), dout) for q, k, v, dout, *limits in input_sets]
     return Program(lambda vjp, dout: vjp(dout), argument_sets)
 
 
@@ -358,7 +405,7 @@ class Harness:
             progress(f"{case.name}: preparing {implementation} {timed}")
             try:
                 input_sets = input_sets or [case.inputs(seed) for seed in range(sets)]
-                program = build(timed, implementation, case.causal, input_sets)
+                program = build(timed, implementation, case.mask, input_sets)
                 results = program()
                 if timed == "fwd_bwd":
                     results = results[1]
@@ -606,7 +653,7 @@ def parser() -> argparse.ArgumentParser:
     add("--pass", dest="passes", type=comma_list(str, PASSES), default=list(PASSES))
     add("--head-dim", type=comma_list(positive), default=[64, 128, 256])
     add("--seqlen", type=comma_list(positive), default=[1024, 4096, 16384])
-    add("--causal", type=comma_list(str, ("full", "causal")), default=["full", "causal"])
+    add("--mask", type=comma_list(str, MASKS), default=["full", "causal"])
     add("--dtype", type=comma_list(str, DTYPES), default=["bfloat16"])
     add("--heads", type=positive, help="default: 2048 / head_dim")
     add("--kv-heads", type=positive, help="default: as many as --heads")
@@ -631,7 +678,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     """The product of the options, filtered by --cases."""
     found = []
     for head_dim, seqlen, mask, dtype in itertools.product(
-        options.head_dim, options.seqlen, options.causal, options.dtype
+        options.head_dim, options.seqlen, options.mask, options.dtype
     ):
         heads = options.heads or max(1, 2048 // head_dim)
         case = Case(
@@ -640,7 +687,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
             heads=heads,
             kv_heads=options.kv_heads or heads,
             head_dim=head_dim,
-            causal=mask == "causal",
+            mask=mask,
             dtype=dtype,
         )
         if not options.cases or any(fnmatch.fnmatch(case.name, p) for p in options.cases):
@@ -679,7 +726,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if chosen else 1
     environment = {**doctor.versions(), **doctor.devices(), "commit": commit()}
     if options.host:
-        costs = host_cost(attention(options.impl[0], causal=True), options.rounds)
+        costs = host_cost(attention(options.impl[0], "causal"), options.rounds)
         text, good = host_report(costs)
         print(", ".join(f"{key} {value}" for key, value in environment.items()), text, sep="\n")
         if options.json:

@@ -30,20 +30,42 @@ FULL_FORWARD = 2 * 2 * 4096 * 4096 * 128 * 4 * 16
 
 
 @pytest.mark.parametrize(
-    ("timed", "causal", "flops"),
+    ("timed", "mask", "flops"),
     [
-        ("fwd", False, FULL_FORWARD),
-        ("fwd", True, FULL_FORWARD / 2),
-        ("bwd", False, FULL_FORWARD * 2.5),
-        ("bwd_direct", True, FULL_FORWARD * 1.25),
-        ("fwd_bwd", False, FULL_FORWARD * 3.5),
+        ("fwd", "full", FULL_FORWARD),
+        ("fwd", "causal", FULL_FORWARD / 2),
+        ("bwd", "full", FULL_FORWARD * 2.5),
+        ("bwd_direct", "causal", FULL_FORWARD * 1.25),
+        ("fwd_bwd", "full", FULL_FORWARD * 3.5),
     ],
 )
-def test_flops(timed, causal, flops):
-    case = bench.Case(
-        batch=4, seqlen=4096, heads=16, kv_heads=2, head_dim=128, causal=causal, dtype="bfloat16"
-    )
+def test_flops(timed, mask, flops):
+    case = bench.Case(batch=4, seqlen=4096, heads=16, kv_heads=2, head_dim=128, mask=mask)
     assert case.flops(timed) == flops
+
+
+def test_flops_of_a_window_and_of_packed_sequences():
+    sizes = dict(batch=2, seqlen=16384, heads=1, kv_heads=1, head_dim=64)
+    window = bench.Case(**sizes, mask="window")
+    # A triangle of 16,384, less one of the 12,288 queries behind the window.
+    assert window.pairs == 2 * (16384**2 - 12288**2) / 2
+    packed = bench.Case(**sizes, mask="packed")
+    assert packed.lengths == (14000, 66, 6000, 1024, 5000, 258, 3400, 2000, 1020)
+    assert packed.flops("fwd") == 4 * 64 * sum(n**2 for n in packed.lengths) / 2
+    odd = bench.Case(batch=1, seqlen=1000, heads=1, kv_heads=1, head_dim=64, mask="packed")
+    assert sum(odd.lengths) == 1000 and min(odd.lengths) > 0
+
+
+def test_packed_sequences_and_windows_are_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "WINDOW", 24)
+    status, rows = run(tmp_path, "--impl reference,xla --mask window --pass fwd,bwd_direct")
+    assert status == 0
+    # XLA's window, of a mask, is the reference's, of a band.
+    assert 0 < rows["bwd_direct", "xla"]["difference"] < bench.MAX_DIFFERENCE
+    status, rows = run(tmp_path, "--impl reference,xla --mask packed --pass fwd,bwd_direct")
+    assert status == 0
+    assert rows["bwd_direct", "reference"]["tflops"] > 0
+    assert "packed" in rows["fwd", "xla"]["reason"]
 
 
 def test_default_cases_keep_the_number_of_tokens(capsys):
@@ -59,7 +81,7 @@ def test_default_cases_keep_the_number_of_tokens(capsys):
 def test_report_is_consistent(tmp_path, capsys):
     csv_path, plot_path = tmp_path / "bench.csv", tmp_path / "bench.png"
     status, rows = run(
-        tmp_path, f"--impl xla,reference --causal causal --csv {csv_path} --plot {plot_path}"
+        tmp_path, f"--impl xla,reference --mask causal --csv {csv_path} --plot {plot_path}"
     )
     assert status == 0
     passes = ("fwd", "bwd", "bwd_direct", "fwd_bwd")
@@ -84,7 +106,7 @@ def test_a_run_that_is_cut_short_keeps_what_it_has_measured(tmp_path, monkeypatc
     measure = bench.Harness.measure
 
     def until_the_second(harness, case):
-        if case.causal:
+        if case.mask == "causal":
             raise KeyboardInterrupt
         return measure(harness, case)
 
@@ -100,7 +122,7 @@ def test_a_run_that_is_cut_short_keeps_what_it_has_measured(tmp_path, monkeypatc
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="fa4 fails only without a GPU")
 def test_a_failing_implementation_is_reported(tmp_path):
-    status, rows = run(tmp_path, "--impl fa4,reference --pass fwd --causal full")
+    status, rows = run(tmp_path, "--impl fa4,reference --pass fwd --mask full")
     assert status == 0
     assert "cpu" in rows["fwd", "fa4"]["reason"]
     assert rows["fwd", "fa4"]["tflops"] is None
@@ -111,13 +133,13 @@ def test_a_failing_implementation_is_reported(tmp_path):
 def test_wrong_results_are_not_timed(tmp_path, monkeypatch, factor):
     right = bench.attention
 
-    def attention(implementation, causal):
-        attend = right(implementation, causal)
+    def attention(implementation, mask):
+        attend = right(implementation, mask)
         scale = factor if implementation == "reference" else 1
         return lambda q, k, v: scale * attend(q, k, v)
 
     monkeypatch.setattr(bench, "attention", attention)
-    status, rows = run(tmp_path, "--impl xla,reference --causal full")
+    status, rows = run(tmp_path, "--impl xla,reference --mask full")
     assert status == 1
     for timed in ("fwd", "bwd", "bwd_direct", "fwd_bwd"):
         assert rows[timed, "reference"]["reason"].startswith("wrong result")
@@ -128,22 +150,22 @@ def test_wrong_results_are_not_timed(tmp_path, monkeypatch, factor):
 def test_a_first_implementation_of_nans_is_wrong_and_no_measure_for_others(tmp_path, monkeypatch):
     right = bench.attention
 
-    def attention(implementation, causal):
-        attend = right(implementation, causal)
+    def attention(implementation, mask):
+        attend = right(implementation, mask)
         return (lambda q, k, v: q * float("nan")) if implementation == "xla" else attend
 
     monkeypatch.setattr(bench, "attention", attention)
-    status, rows = run(tmp_path, "--impl xla,reference --pass fwd --causal full")
+    status, rows = run(tmp_path, "--impl xla,reference --pass fwd --mask full")
     assert status == 1
     assert rows["fwd", "xla"]["reason"].startswith("wrong result")
     assert rows["fwd", "reference"]["tflops"] > 0
 
 
 def test_skips_have_reasons(tmp_path):
-    status, rows = run(tmp_path, "--impl xla,reference --pass fwd --causal full --xla-max-gib 0")
+    status, rows = run(tmp_path, "--impl xla,reference --pass fwd --mask full --xla-max-gib 0")
     assert status == 0
     assert rows["fwd", "xla"]["reason"].startswith("skipped")
-    status, rows = run(tmp_path, "--impl reference --pass fwd --causal full --max-seconds 0")
+    status, rows = run(tmp_path, "--impl reference --pass fwd --mask full --max-seconds 0")
     assert status == 1
     assert "--max-seconds" in rows["fwd", "reference"]["reason"]
 
@@ -177,7 +199,7 @@ def test_backward_is_the_difference_and_rounds_are_interleaved(tmp_path, monkeyp
     }
     FakeProgram.order = []
 
-    def build(timed, implementation, causal, input_sets):
+    def build(timed, implementation, mask, input_sets):
         return FakeProgram((timed, implementation), list(times[timed]))
 
     monkeypatch.setattr(bench, "build", build)
