@@ -275,11 +275,11 @@ class Softmax(enum.StrEnum):
     """
 
     by_row = enum.auto()
-    """A row after the other; its sum goes on from the rescaled one."""
+    """A row after the other; its sum starts when the factor of what was summed is known."""
     maxima_first = enum.auto()
-    """Both maxima, then the exponentials; sums go on from the rescaled ones."""
+    """Both maxima, then the exponentials; sums start when the factors are known."""
     sums_last = enum.auto()
-    """Both maxima, then the exponentials; their sum is added to the rescaled one."""
+    """Both maxima, then the exponentials; sums start with them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

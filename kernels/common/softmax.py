@@ -72,12 +72,13 @@ def online_softmax(
             scores[r, None].load() * scale_log2 + shifts[r], fastmath=True
         )
         scores[r, None].store(probabilities)
-        before = state.row_sum[r] * state.decay[r]
-        if const_expr(order is Softmax.sums_last):
-            total = probabilities.reduce(cute.ReductionOp.ADD, Float32(0.0), 0) + before
-        else:
-            total = probabilities.reduce(cute.ReductionOp.ADD, before, 0)
-        state.row_sum[r] = total
+        # A tile's sum by itself: one of a million terms in turn would be 2e-5 off. Started from a
+        # zero that takes the factor, it lets ptxas rescale out before the exponentials.
+        start = Float32(0.0)
+        if const_expr(order is not Softmax.sums_last):
+            start = state.decay[r] * Float32(0.0)
+        total = probabilities.reduce(cute.ReductionOp.ADD, start, 0)
+        state.row_sum[r] = state.row_sum[r] * state.decay[r] + total
 
 
 @cute.jit
@@ -87,9 +88,16 @@ def _raise_maximum(
     """Take row r of `scores` into the maximum; returns the summand of its exponents."""
     new_max = row_maximum(scores, r, state.row_max[r])
     # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
-    shift = Float32(0.0) if new_max == -Float32.inf else new_max * -scale_log2
+    base = Float32(0.0) if new_max == -Float32.inf else new_max
+    shift = base * -scale_log2
+    stays = state.row_max[r] == new_max
     # Sums, not differences: only those become fma in the PTX, and ptxas would fuse either.
-    state.decay[r] = cute.math.exp2(state.row_max[r] * scale_log2 + shift, fastmath=True)
+    state.decay[r] = state.row_max[r] * scale_log2 + shift
+    # Where the maximum stays, the fma leaves the rounding error of `shift`, the same for each tile:
+    # after a million keys lse was off by 5e-4.
+    if stays:
+        state.decay[r] = Float32(0.0)
+    state.decay[r] = cute.math.exp2(state.decay[r], fastmath=True)
     state.row_max[r] = new_max
     return shift
 
