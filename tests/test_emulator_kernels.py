@@ -280,6 +280,37 @@ def check_forward(emulated, variant: Variant, case: Case) -> None:
     assert_same_in_every_schedule(row, results, arguments, values)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 256])  # one for each `Softmax`
+def test_a_maximum_that_stays(emulated, head_dim: int) -> None:
+    """lse of many tiles whose maximum is the first one's, and whose other keys count little each.
+
+    Where the factor of what was summed isn't exactly 1, the sum grows or shrinks with every tile.
+    Half a unit in the last place of 1, which p of these keys doesn't reach, is lost where terms are
+    added to that sum one by one: a quarter of them, 6e-5.
+    """
+    (variant,) = (v for v in VARIANTS if v.name == f"fa4_forward_sm90a_bf16_d{head_dim}")
+    seqlen_k, highest = 8192, np.float32(140)
+
+    def remainder(scale: float) -> float:
+        """Of the highest score's product with the scale in float32, in units of its last place."""
+        scale_log2 = np.float32(scale) * np.float32(math.log2(math.e))
+        product = np.float32(highest * scale_log2)
+        return abs(float(highest) * float(scale_log2) - float(product)) / np.spacing(product)
+
+    scale = max(np.linspace(0.125, 0.126, 100), key=remainder)
+    assert remainder(scale) > 0.45
+    q = np.zeros((1, 1, 1, head_dim), jnp.bfloat16)
+    k, v = (np.zeros((1, seqlen_k, 1, head_dim), jnp.bfloat16) for _ in range(2))
+    q[..., 0], k[:, 0, :, 0] = 1, highest
+    case = Case(1, 1, seqlen_k, (1, 1))
+    values = {**scalars(variant, case), "softmax_scale": np.float32(scale)}
+    arguments = (q, k, v, no_sinks(case))
+    _, lse = emulated(variant.name)(arguments, values, num_sms=1)[:2]
+    expected = highest * scale + math.log1p((seqlen_k - 1) * math.exp(-highest * scale))
+    assert 2**-26 < math.exp(-highest * scale) < 2**-25
+    np.testing.assert_allclose(lse, expected, rtol=0, atol=3e-6)
+
+
 def oracle_of(variant: Variant, case: Case) -> Oracle:
     scale = scalars(variant, case)["softmax_scale"]
     return Oracle(case.seen, scale, softcap=softcap_of(variant, case), sinks=case.sinks)
