@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import export_roundtrip
 import jax
@@ -434,6 +436,55 @@ def test_lowering_is_the_same_in_every_process() -> None:
         for seed in ("1", "2")
     }
     assert len(texts) == 1 and len(texts.pop()) > 1000
+
+
+def test_a_second_process_compiles_nothing(tmp_path) -> None:
+    """With the persistent compilation cache, as JAX's log tells it: a training step's attention on
+    one device, and over an Explicit mesh of four."""
+    code = """
+        import logging
+        import jax, jax.numpy as jnp, fa4_jax
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+        logging.basicConfig()
+        logging.getLogger("jax._src.compiler").setLevel("DEBUG")
+        jax.config.update("jax_num_cpu_devices", 4)
+
+        def loss(q, lengths):
+            out = fa4_jax.flash_attention(q, q, q, causal=True, key_value_seq_lengths=lengths)
+            return out.astype(jnp.float32).sum()
+
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+        q, lengths = jnp.ones((2, 16, 2, 8), jnp.bfloat16), jnp.array([9, 16])
+        for spec in (None, PartitionSpec("data", None, "model")):
+            if spec:
+                q = jax.device_put(q, NamedSharding(mesh, spec))
+                lengths = jax.device_put(lengths, NamedSharding(mesh, PartitionSpec("data")))
+                jax.set_mesh(mesh)
+            jax.block_until_ready(jax.jit(jax.value_and_grad(loss))(q, lengths))
+    """
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def compiled_and_found(seed: str) -> tuple[int, int]:
+        log = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            capture_output=True,
+            check=True,
+            text=True,
+            env={**environment, "PYTHONHASHSEED": seed},
+        ).stderr
+        return log.count("PERSISTENT COMPILATION CACHE MISS"), log.count("compilation cache hit")
+
+    compiled, found = compiled_and_found("1")
+    assert compiled >= 2 and found == 0
+    assert compiled_and_found("2") == (0, compiled)
 
 
 @pytest.mark.parametrize("implementation", [None, "reference"])
