@@ -4,6 +4,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -79,6 +80,20 @@ def test_a_row_of_another_key_is_built_again(built):
     path.write_text(json.dumps({**facts, "key": "0" * 64}))
     assert "(up to date)" not in build(built, "--keep").stderr
     assert json.loads(path.read_text())["key"] == facts["key"]
+
+
+def test_what_another_build_has_is_taken_if_its_key_is_the_same(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("FA4_JAX_BUILT_KERNELS", str(built))
+    assert "(up to date)" in build(tmp_path / "same").stderr
+    for suffix in ("o", "h"):
+        name = f"{ROW.name}.{suffix}"
+        assert (tmp_path / "same" / name).read_bytes() == (built / name).read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(built, other)
+    facts = json.loads((built / f"{ROW.name}.json").read_text())
+    (other / f"{ROW.name}.json").write_text(json.dumps({**facts, "key": "0" * 64}))
+    monkeypatch.setenv("FA4_JAX_BUILT_KERNELS", str(other))
+    assert "(up to date)" not in build(tmp_path / "of_another_key").stderr
 
 
 def test_digest_and_object_are_the_same_in_another_process(built, tmp_path):

@@ -2,8 +2,10 @@
 """Every compiled row of the table, emulated: values against float64, in every schedule.
 
 A case runs eagerly with the happens-before check, which also looks for reads of unwritten memory
-and for races between CTAs, and its results are judged by the error rule of `reference`. Then other
-schedules must give the same bits. Unwritten outputs and shared memory are NaN throughout.
+and for races between CTAs, and its results are judged by the error rule of `reference`. Then
+another schedule must give the same bits: one of four in turn, so that over its cases every row runs
+in all of them (all four of every case take twice the time). Unwritten outputs and shared memory are
+NaN throughout.
 """
 
 from __future__ import annotations
@@ -235,19 +237,32 @@ def softcap_of(variant: Variant, case: Case) -> float | None:
     return case.softcap if has_softcap else None
 
 
-def assert_same_in_every_schedule(
-    row, results, *arguments, sums: tuple[int, ...] = (), **keywords
+def schedule_of(variant: Variant, case: Case) -> str:
+    """Each of a row's cases has the next one; over the rows, each case has all."""
+    table = INTERVAL_CASES if isinstance(case, IntervalCase) else CASES | PERSISTENT_CASES
+    places = VARIANTS.index(variant) + list(table.values()).index(case)
+    return SCHEDULES[places % len(SCHEDULES)]
+
+
+def assert_same_in_other_schedule(
+    row, results, variant: Variant, case: Case, *arguments, sums: tuple[int, ...] = (), **keywords
 ) -> None:
-    """The results of the other schedules are those of the eager one; `sums` up to the order of
+    """The results of another schedule are those of the eager one; `sums` up to the order of
     additions."""
-    for schedule in SCHEDULES:
-        others = row(*arguments, schedule=schedule, **keywords)[: len(results)]
-        for index, (result, other) in enumerate(zip(results, others, strict=True)):
-            if index in sums:
-                tolerance = 4e-7 * max(np.nanmax(np.abs(result)), 1e-30) * 16
-                np.testing.assert_allclose(other, result, 0, tolerance, err_msg=schedule)
-            else:
-                assert result.tobytes() == other.tobytes(), f"result {index} differs in {schedule}"
+    schedule = schedule_of(variant, case)
+    others = row(*arguments, schedule=schedule, **keywords)[: len(results)]
+    for index, (result, other) in enumerate(zip(results, others, strict=True)):
+        if index in sums:
+            tolerance = 4e-7 * max(np.nanmax(np.abs(result)), 1e-30) * 16
+            np.testing.assert_allclose(other, result, 0, tolerance, err_msg=schedule)
+        else:
+            assert result.tobytes() == other.tobytes(), f"result {index} differs in {schedule}"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name.removeprefix("fa4_"))
+def test_every_row_runs_in_every_schedule(variant: Variant) -> None:
+    found = INTERVAL_CASES if Feature.interval in variant.features else CASES
+    assert {schedule_of(variant, case) for case in found.values()} == set(SCHEDULES)
 
 
 @persistent_cases
@@ -277,7 +292,7 @@ def check_forward(emulated, variant: Variant, case: Case) -> None:
         magnitude = softcap_of(variant, case) or 0 if name == "lse" else 0
         verdicts += judge(name, *triple, magnitude)
     assert not failures(verdicts), failures(verdicts)
-    assert_same_in_every_schedule(row, results, arguments, values)
+    assert_same_in_other_schedule(row, results, variant, case, arguments, values)
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 256])  # one for each `Softmax`
@@ -365,7 +380,7 @@ def test_backward_preprocess(emulated, variant: Variant, case: Case) -> None:
     assert (lse_log2[~finite] == np.inf).all()
     np.testing.assert_allclose(lse_log2[finite], expected[finite], 3e-7, 1e-7)
     assert (dq_accum == 0).all()
-    assert_same_in_every_schedule(row, results, (out, dout, lse, dlse), {})
+    assert_same_in_other_schedule(row, results, variant, case, (out, dout, lse, dlse), {})
 
 
 @persistent_cases
@@ -405,7 +420,7 @@ def check_backward(emulated, variant: Variant, case: Case) -> None:
         verdicts += judge(name, *triple)
     assert not failures(verdicts), failures(verdicts)
     sums = () if Feature.deterministic in variant.features else (2,)
-    assert_same_in_every_schedule(row, results, arguments, values, sums=sums)
+    assert_same_in_other_schedule(row, results, variant, case, arguments, values, sums=sums)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +513,8 @@ def test_backward_postprocess(emulated, variant: Variant, case: Case) -> None:
     (dq,) = row((dq_accum,), values, check=True, free={"T": case.seqlen_q})
     kept = dq_accum[:, :, : case.seqlen_q, accumulator_places(variant)].transpose(0, 2, 1, 3)
     assert (np.asarray(kept * np.float32(0.3)).astype(dq.dtype) == dq).all()
-    assert_same_in_every_schedule(row, [dq], (dq_accum,), values, free={"T": case.seqlen_q})
+    others = (dq_accum,), values
+    assert_same_in_other_schedule(row, [dq], variant, case, *others, free={"T": case.seqlen_q})
 
 
 THROUGH_THE_PRIMITIVES = {

@@ -89,14 +89,12 @@ def _adopt(artifact: Artifact, cache: pathlib.Path) -> bool:
     """Take the files of an installation if they are of the same row and sources."""
     key = build.row_key(artifact.variant)
     for installed in sorted(ROOT.glob(_INSTALLED)):
-        if build.current_report(artifact.variant, key, installed, keep=True):
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                folder = pathlib.Path(scratch) / artifact.folder.name
-                folder.mkdir()
-                for suffix in _SUFFIXES:
-                    shutil.copy(installed / f"{artifact.variant.name}.{suffix}", folder)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            folder = pathlib.Path(scratch) / artifact.folder.name
+            folder.mkdir()
+            if build.adopt(artifact.variant, key, installed, folder, keep=True):
                 folder.rename(artifact.folder)
-            return True
+                return True
     return False
 
 
