@@ -28,14 +28,13 @@ from typing import NamedTuple
 
 import cuda.bindings.driver as cuda
 import cutlass
-from cutlass import Float32, Int32, Int64, const_expr, cute, pipeline
+from cutlass import Float32, Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
 from fa4_jax._variants import Epilogue, Feature, Variant
-from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
 from kernels.common.copy_sm90 import (
     accumulator_to_gmem,
     accumulator_to_smem,
@@ -45,7 +44,7 @@ from kernels.common.copy_sm90 import (
     tma_tiles,
 )
 from kernels.common.dtypes import element_type
-from kernels.common.fast_math import TANH_EXPONENT, tanh, thread_again
+from kernels.common.fast_math import tanh, thread_again
 from kernels.common.mask import (
     Band,
     Coordinates,
@@ -63,20 +62,23 @@ from kernels.common.mma_sm90 import (
     to_16_bit,
 )
 from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_split
+from kernels.common.query_tile import (
+    Problem,
+    QueryTile,
+    own_visits,
+    query_tile,
+    query_tiles,
+    sink_of,
+)
 from kernels.common.scheduler import (
-    TileOrder,
-    TileQueue,
     announce,
     claim,
     first_ticket,
     last_ticket,
     next_ticket,
     open_queue,
-    place_of,
     queue_storage,
     reserve,
-    tile_order,
-    tile_queue,
 )
 from kernels.common.softmax import (
     LOG2_E,
@@ -142,39 +144,6 @@ class Mma(NamedTuple):
     out: cute.TiledMma
 
 
-class QueryIntervals(NamedTuple):
-    """Of every query, and of every `BLOCK` queries, which keys it sees."""
-
-    kv_start: cute.Tensor
-    kv_end: cute.Tensor
-    key_range: cute.Tensor
-
-
-class Problem(NamedTuple):
-    """What all tiles share: their order, the run-time sizes and scalars, and what a query sees."""
-
-    order: TileOrder | TileQueue
-    heads: cute.FastDivmodDivisorV2
-    group: cute.FastDivmodDivisorV2  # query heads per key/value head
-    seqlen_q: Int32
-    seqlen_k: Int32
-    tanh_scale: Float32  # from q k^T to the exponent of `tanh`, with a softcap
-    softmax_scale: Float32  # from there to the logarithm of a weight
-    sinks: cute.Tensor
-    band: Band
-    intervals: QueryIntervals | tuple[()]  # instead of the band
-
-
-class Tile(NamedTuple):
-    """A query tile and the key tiles it visits."""
-
-    m_block: Int32
-    head: Int32
-    kv_head: Int32
-    batch: Int32
-    blocks: BlockRange
-
-
 class ForwardSm90:
     """Host entry and kernel of one table row; `__call__` follows `Variant.signature`."""
 
@@ -182,6 +151,7 @@ class ForwardSm90:
         self.dtype = element_type(variant.dtype)
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n = variant.tiles.tile_m, variant.tiles.tile_n
+        self.tile_mn = self.tile_m, self.tile_n
         self.stages = variant.tiles.stages
         self.has_intervals = Feature.interval in variant.features
         self.has_softcap = Feature.softcap in variant.features
@@ -275,29 +245,14 @@ class ForwardSm90:
             ]
 
         self.storage = Storage
-        seqlen_q, _, heads, batch = q.shape
-        seqlen_k, _, kv_heads, _ = k.shape
-        blocks = cute.ceil_div(seqlen_q, self.tile_m)
-        if const_expr(self.has_intervals):
-            read = Int64(seqlen_k) * ((self.head_dim + self.head_dim_v) * self.dtype.width // 8)
-            sharing = (heads * batch, heads // kv_heads)
-            order = tile_queue(blocks, sharing, read, num_sms, buffers[-1])
-        else:
-            # A band that only one side bounds is longer for some queries than for others.
-            bounded_below, bounded_above = band_lower > -seqlen_q + 1, band_upper < seqlen_k - 1
-            even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
-            order = tile_order(blocks, heads * batch, even, num_sms)
-        problem = Problem(
-            order=order,
-            heads=cute.fast_divmod_create_divisor_v2(heads),
-            group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
-            seqlen_q=seqlen_q,
-            seqlen_k=seqlen_k,
-            tanh_scale=softmax_scale / softcap * TANH_EXPONENT,
-            softmax_scale=softcap if const_expr(self.has_softcap) else softmax_scale,
-            sinks=sinks,
-            band=Band(band_lower, band_upper),
-            intervals=QueryIntervals(*intervals) if const_expr(self.has_intervals) else (),
+        problem = query_tiles(
+            *(q, k, self.tile_m, self.head_dim_v),
+            (softmax_scale, softcap if const_expr(self.has_softcap) else None),
+            Band(band_lower, band_upper),
+            sinks,
+            tuple(intervals),
+            buffers[len(buffers) - self.has_intervals :],
+            num_sms,
         )
         self.kernel(tma, mma, layouts, Results(out, lse), problem).launch(
             grid=(problem.order.ctas, 1, 1),
@@ -341,41 +296,6 @@ class ForwardSm90:
             self.consume(thread - WARPGROUP, mma, smem, consumers, tma, results, problem)
 
     @cute.jit
-    def tile(self, problem: Problem, ticket: Int32) -> Tile:
-        """The tile of a ticket."""
-        m_block, head_of_all = place_of(problem.order, ticket)
-        batch, head = divmod(head_of_all, problem.heads)
-        return Tile(
-            m_block=m_block,
-            head=head,
-            kv_head=head // problem.group,
-            batch=batch,
-            blocks=self.blocks(problem, batch, m_block * self.tile_m, self.tile_m),
-        )
-
-    @cute.jit
-    def blocks(
-        self, problem: Problem, batch: Int32, first: Int32, rows: cutlass.Constexpr
-    ) -> BlockRange:
-        """The key tiles that `rows` queries from `first` on see."""
-        keys = (problem.seqlen_k, self.tile_n)
-        if const_expr(self.has_intervals):
-            ranges = problem.intervals.key_range[batch, None, None]
-            blocks = blocks_of_ranges(ranges, first, rows, *keys)
-        else:
-            last = cutlass.min(first + rows, problem.seqlen_q) - 1
-            blocks = visible_blocks(first, last, *problem.band, *keys)
-        return blocks
-
-    @cute.jit
-    def own_blocks(self, problem: Problem, tile: Tile, group: Int32) -> BlockRange:
-        """Those of the tile's that the rows of a warpgroup see."""
-        first = tile.m_block * self.tile_m + group * GROUP_ROWS
-        blocks = self.blocks(problem, tile.batch, first, GROUP_ROWS).within(tile.blocks)
-        begin = blocks.begin if first < problem.seqlen_q else blocks.end
-        return blocks._replace(begin=begin)
-
-    @cute.jit
     def load(self, tma: Tma, smem: Smem, producers: tuple, problem: Problem):
         """Per tile: q; k and v of every visited tile, last to first, k one tile ahead of v. The
         first k comes before q, whose place may be free later."""
@@ -383,7 +303,7 @@ class ForwardSm90:
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
             reserved = reserve(problem.order)
-            tile = self.tile(problem, ticket)
+            tile = query_tile(problem, self.tile_mn, ticket)
             g_q = cute.local_tile(
                 tma.g_q[None, None, tile.head, tile.batch],
                 (self.tile_m, self.head_dim),
@@ -447,15 +367,16 @@ class ForwardSm90:
         f_q = mma.scores.make_fragment_A(scores_thread.partition_A(smem.q))
         f_k = mma.scores.make_fragment_B(scores_thread.partition_B(smem.k))
         f_v = mma.out.make_fragment_B(out_thread.partition_B(smem.v))
-        tile_mn = (self.tile_m, self.tile_n)
-        coords = accumulator_coordinates(mma.scores, thread, tile_mn)
+        coords = accumulator_coordinates(mma.scores, thread, self.tile_mn)
         scale_log2 = problem.softmax_scale * LOG2_E
 
         self.first_turn(group)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
-            tile = self.tile(problem, ticket)
-            blocks = self.own_blocks(problem, tile, group)
+            tile = query_tile(problem, self.tile_mn, ticket)
+            first_row = tile.m_block * self.tile_m + group * GROUP_ROWS
+            own = (GROUP_ROWS, self.tile_n)
+            blocks = own_visits(problem, own, tile, first_row)
             acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
             acc.fill(0.0)
             acc_rows = rows_and_columns(acc)
@@ -467,7 +388,7 @@ class ForwardSm90:
             k_consumer, v_consumer = self.sit_out(missed, group, k_consumer, v_consumer)
             if blocks.end > blocks.begin:
                 q_tile = stage(f_q, q_slot)
-                scores = make_accumulator(mma.scores, tile_mn)
+                scores = make_accumulator(mma.scores, self.tile_mn)
                 k_slot = k_consumer.wait_and_advance()
                 self.wait_turn(group)
                 issue_gemm(mma.scores, scores, q_tile, stage(f_k, k_slot), zero=True)
@@ -484,7 +405,7 @@ class ForwardSm90:
 
                 for first, end, masked in reversed(blocks.segments(blocks.end - 1)):
                     for i in cutlass.range(end - first, unroll=1):
-                        scores = make_accumulator(mma.scores, tile_mn)
+                        scores = make_accumulator(mma.scores, self.tile_mn)
                         k_slot = k_consumer.wait_and_advance(k_is_full)
                         v_slot = v_consumer.wait_and_advance(v_is_full)
                         self.wait_turn(group)
@@ -554,7 +475,7 @@ class ForwardSm90:
                 scores[i] = tanh(scores[i] * problem.tanh_scale)
 
     @cute.jit
-    def seen(self, coords: Coordinates, tile: Tile, problem: Problem) -> Band | Intervals:
+    def seen(self, coords: Coordinates, tile: QueryTile, problem: Problem) -> Band | Intervals:
         """Which keys this thread's queries of a tile see.
 
         Four registers for the whole tile, and they fit: loaded where they are needed, they'd make a
@@ -590,20 +511,12 @@ class ForwardSm90:
 
     @cute.jit
     def normalise(
-        self, softmax: OnlineSoftmax, seen: Band | Intervals, tile: Tile, problem: Problem
+        self, softmax: OnlineSoftmax, seen: Band | Intervals, tile: QueryTile, problem: Problem
     ):
         """The factors of the rows of out, and lse; NaN in broken rows."""
-        finish(softmax, problem.softmax_scale, self.sink(tile, problem))
+        finish(softmax, problem.softmax_scale, sink_of(problem, tile))
         if const_expr(self.has_intervals):
             spoil(softmax, seen)
-
-    @cute.jit
-    def sink(self, tile: Tile, problem: Problem) -> Float32:
-        """The head's sink, -inf if there is none."""
-        sink = -Float32.inf
-        if problem.sinks.shape[0] > 0:
-            sink = problem.sinks[tile.batch, tile.head]
-        return sink
 
     @cute.jit
     def store_lse(
@@ -617,7 +530,7 @@ class ForwardSm90:
 
     @cute.jit
     def store_out(
-        self, thread: Int32, mma: Mma, smem: Smem, tile: Tile, tma: Tma, acc: cute.Tensor
+        self, thread: Int32, mma: Mma, smem: Smem, tile: QueryTile, tma: Tma, acc: cute.Tensor
     ):
         """acc -> 16 bit -> shared memory (stmatrix) -> TMA store of this warp's rows, which clips
         those past seqlen_q. The memory is free again before the next store into it, or, where it is
