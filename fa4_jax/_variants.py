@@ -282,6 +282,22 @@ class Softmax(enum.StrEnum):
     """Both maxima, then the exponentials; sums start with them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Exp2:
+    """Which exponentials of a row a forward computes by a polynomial on the FMA pipes: of every
+    `period` pairs of columns the last `pairs`, but none in the row's last quarter, which the next
+    product waits for. The others are the special function unit's."""
+
+    degree: int = 0
+    pairs: int = 0
+    period: int = 1
+
+    def is_polynomial(self, pair: int, row_pairs: int) -> bool:
+        """Whether a pair of a row of so many is."""
+        in_time = pair < row_pairs // 4 * 3
+        return in_time and pair % self.period >= self.period - self.pairs
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
     """Tuning of one variant: nothing here changes a result by more than rounding."""
@@ -293,13 +309,15 @@ class Tiles:
     stages: int = 0
     """Depth of the shared-memory ring of the operand that the main loop streams."""
     mma_warpgroups: int = 0
-    """Consumer warpgroups; one more loads."""
+    """Consumer warpgroups of Hopper; one more loads."""
     q_stages: int = 0
     """Forward: with two, the next tile's q is there when this one is done."""
     epilogue: Epilogue = Epilogue.own
     """Forward."""
     softmax: Softmax = Softmax.by_row
-    """Forward."""
+    """Forward of Hopper."""
+    exp2: Exp2 = Exp2()
+    """Forward of Blackwell."""
     k_stages: int = 0
     """Backward: with two, the next key tile's k is loaded before this one is done."""
     v_stages: int = 0
@@ -440,12 +458,20 @@ _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
     256: _by_products(64, k_stages=1, v_stages=1),
 }
 
-VARIANTS: tuple[Variant, ...] = (
-    *grid(
-        Kernel.forward,
-        Arch.sm90a,
-        _FORWARD_SM90,
+_FORWARD_SM100: Mapping[int | tuple[int, int], Tiles] = {
+    64: Tiles(tile_m=256, tile_n=128, stages=8, exp2=Exp2(3, 6, 16)),
+    96: Tiles(tile_m=256, tile_n=128, stages=5, exp2=Exp2(3, 4, 16)),
+    128: Tiles(tile_m=256, tile_n=128, stages=3, exp2=Exp2(3, 4, 16)),
+    (192, 128): Tiles(
+        tile_m=256, tile_n=128, stages=2, epilogue=Epilogue.over_q, exp2=Exp2(3, 4, 16)
     ),
+    192: Tiles(tile_m=128, tile_n=128, stages=3, epilogue=Epilogue.over_q),
+    256: Tiles(tile_m=128, tile_n=128, stages=2, epilogue=Epilogue.over_q),
+}
+
+VARIANTS: tuple[Variant, ...] = (
+    *grid(Kernel.forward, Arch.sm90a, _FORWARD_SM90),
+    *grid(Kernel.forward, Arch.sm100a, _FORWARD_SM100),
     *grid(
         Kernel.backward_preprocess,
         Arch.sm90a,

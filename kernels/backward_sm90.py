@@ -59,8 +59,6 @@ from kernels.common.copy_sm90 import (
     slab_pairs,
     store_matrices,
     store_pairs,
-    tma_atom,
-    tma_tiles,
 )
 from kernels.common.dq_order import DONE, later_tiles, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
@@ -99,6 +97,7 @@ from kernels.common.scheduler import (
     open_queue,
     queue_storage,
 )
+from kernels.common.tma import tma_atom, tma_tiles
 
 # Named barriers; 0 is sync_threads. DQ_EMPTY + i and DQ_FULL + i belong to warpgroup i's dq slab.
 COMPUTE, DQ_EMPTY, DQ_FULL = 1, 2, 4

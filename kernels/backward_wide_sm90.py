@@ -56,7 +56,6 @@ from kernels.common.copy_sm90 import (
     add_to_gmem,
     reduction_address,
     store_matrix,
-    tma_atom,
 )
 from kernels.common.dq_order import DONE, later_tiles, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
@@ -96,6 +95,7 @@ from kernels.common.scheduler import (
     open_queue,
     queue_storage,
 )
+from kernels.common.tma import tma_atom
 
 # Named barriers; 0 is sync_threads.
 P_FULL, DS_FULL, ADDED = 1, 2, 3

@@ -45,6 +45,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Which class compiles which kernel for which architecture and division of work.
 KERNELS = {
     (Kernel.forward, Arch.sm90a, Split.rows): "kernels.forward_sm90:ForwardSm90",
+    (Kernel.forward, Arch.sm100a, Split.rows): "kernels.forward_sm100:ForwardSm100",
     (Kernel.backward, Arch.sm90a, Split.rows): "kernels.backward_sm90:BackwardSm90",
     (Kernel.backward, Arch.sm90a, Split.products): "kernels.backward_wide_sm90:BackwardWideSm90",
     (Kernel.backward_preprocess, Arch.sm90a, Split.rows): (

@@ -35,14 +35,7 @@ from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
 
 from fa4_jax._variants import Epilogue, Feature, Variant
-from kernels.common.copy_sm90 import (
-    accumulator_to_gmem,
-    accumulator_to_smem,
-    tma_atom,
-    tma_store_begin,
-    tma_store_wait,
-    tma_tiles,
-)
+from kernels.common.copy_sm90 import accumulator_to_gmem, accumulator_to_smem
 from kernels.common.dtypes import element_type
 from kernels.common.fast_math import tanh, thread_again
 from kernels.common.mask import (
@@ -89,6 +82,7 @@ from kernels.common.softmax import (
     rescale,
     spoil,
 )
+from kernels.common.tma import tma_atom, tma_store_begin, tma_store_wait, tma_tiles
 
 # Named barriers; 0 is sync_threads. TURN + i is consumer warpgroup i's turn at the tensor cores.
 TURN = 1

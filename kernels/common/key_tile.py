@@ -18,7 +18,7 @@ from cutlass import Float32, Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
 from kernels.common.block_range import BlockRange, blocks_of_ranges, visible_blocks
-from kernels.common.copy_sm90 import MatrixRows, store_matrices, tma_tiles
+from kernels.common.copy_sm90 import MatrixRows, store_matrices
 from kernels.common.fast_math import (
     TANH_EXPONENT,
     fma,
@@ -44,6 +44,7 @@ from kernels.common.scheduler import (
     tile_queue,
 )
 from kernels.common.softmax import LOG2_E
+from kernels.common.tma import tma_tiles
 
 # How many query tiles apart the key tiles of a head should run, if their additions to dq have
 # an order and they visit half of all. One on another's heels waits, at each, until the other's

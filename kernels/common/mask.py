@@ -73,10 +73,14 @@ def from_element(column: Int32) -> Uint32:
     An accumulator's elements lie at columns 8v and 8v + 1.
     """
     column = cutlass.max(0, cutlass.min(column, 4 * WORD))
-    before = (column >> 3) * 2 + cutlass.min(column & 7, 2)
-    # In PTX a shift by 32 gives 0, in LLVM anything.
+    return from_bit((column >> 3) * 2 + cutlass.min(column & 7, 2))
+
+
+def from_bit(first: Int32) -> Uint32:
+    """Bits `first` and above; first >= 0. In PTX a shift by 32 and more gives 0, in LLVM
+    anything."""
     return cute.arch.inline_ptx(
-        "shl.b32 {$w0}, 0xFFFFFFFF, {$r0};", write_only_types=[Uint32], read_only_args=[before]
+        "shl.b32 {$w0}, 0xFFFFFFFF, {$r0};", write_only_types=[Uint32], read_only_args=[first]
     )
 
 
@@ -106,3 +110,15 @@ def mask_scores(
                 bits = from_element(first - 4 * c) & ~from_element(end - 4 * c)
             visible = (bits & Uint32(1 << c % WORD)) != 0
             scores[r, c] = scores[r, c] if visible else -Float32.inf
+
+
+@cute.jit
+def mask_row(scores: list[Float32], first: Int32, end: Int32) -> list[Float32]:
+    """-inf unless first <= column < end, for a thread that has a row's consecutive columns."""
+    masked = []
+    for start in cutlass.range_constexpr(0, len(scores), WORD):
+        bits = from_bit(cutlass.max(first - start, 0)) & ~from_bit(cutlass.max(end - start, 0))
+        for i in cutlass.range_constexpr(WORD):
+            visible = (bits & Uint32(1 << i)) != 0
+            masked.append(scores[start + i] if visible else -Float32.inf)
+    return masked

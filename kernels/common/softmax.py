@@ -111,23 +111,27 @@ def rescale(acc: cute.Tensor, factors: cute.Tensor):
 
 @cute.jit
 def finish(state: OnlineSoftmax, scale: Float32, sink: Float32):
-    """Turn the state into results: decay <- 1 / sum (0 for a row that saw nothing), row_max <- LSE.
-
-    The LSE is the natural logarithm of exp(sink) + the sum of exp(scale * score), -inf for an empty
-    row.
-    """
+    """Turn the state into results: decay <- `normalise`'s factor, row_max <- its lse."""
     for r in cutlass.range_constexpr(cute.size(state.row_sum)):
         total = cute.arch.warp_reduction(
             state.row_sum[r], lambda a, b: a + b, threads_in_group=LANES_PER_ROW
         )
-        weight, highest = Float32(1.0), state.row_max[r] * scale
-        if sink > -Float32.inf:
-            # A sink may be far above all scores, or alone.
-            keys, highest = highest, cute.arch.fmax(highest, sink)
-            weight = cute.math.exp2((keys - highest) * LOG2_E, fastmath=True)
-            total = total * weight + cute.math.exp2((sink - highest) * LOG2_E, fastmath=True)
-        state.decay[r] = Float32(0.0) if total == 0.0 else weight * cute.arch.rcp_approx(total)
-        state.row_max[r] = highest + cute.math.log2(total, fastmath=True) * LN_2
+        state.decay[r], state.row_max[r] = normalise(total, state.row_max[r] * scale, sink)
+
+
+@cute.jit
+def normalise(total: Float32, highest: Float32, sink: Float32) -> tuple[Float32, Float32]:
+    """(factor, lse) of a row, from the sum of exp(scaled score - highest): 1 / sum, 0 for a row
+    that saw nothing, and the natural logarithm of exp(sink) + the sum of exp(scaled score), -inf
+    for an empty row."""
+    weight = Float32(1.0)
+    if sink > -Float32.inf:
+        # A sink may be far above all scores, or alone.
+        keys, highest = highest, cute.arch.fmax(highest, sink)
+        weight = cute.math.exp2((keys - highest) * LOG2_E, fastmath=True)
+        total = total * weight + cute.math.exp2((sink - highest) * LOG2_E, fastmath=True)
+    factor = Float32(0.0) if total == 0.0 else weight * cute.arch.rcp_approx(total)
+    return factor, highest + cute.math.log2(total, fastmath=True) * LN_2
 
 
 @cute.jit
