@@ -459,11 +459,11 @@ _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
 }
 
 _FORWARD_SM100: Mapping[int | tuple[int, int], Tiles] = {
-    64: Tiles(tile_m=256, tile_n=128, stages=8, exp2=Exp2(3, 6, 16)),
-    96: Tiles(tile_m=256, tile_n=128, stages=5, exp2=Exp2(3, 4, 16)),
-    128: Tiles(tile_m=256, tile_n=128, stages=3, exp2=Exp2(3, 4, 16)),
+    64: Tiles(tile_m=256, tile_n=128, stages=8, exp2=Exp2(4, 6, 16)),
+    96: Tiles(tile_m=256, tile_n=128, stages=5, exp2=Exp2(4, 4, 16)),
+    128: Tiles(tile_m=256, tile_n=128, stages=3, exp2=Exp2(4, 4, 16)),
     (192, 128): Tiles(
-        tile_m=256, tile_n=128, stages=2, epilogue=Epilogue.over_q, exp2=Exp2(3, 4, 16)
+        tile_m=256, tile_n=128, stages=2, epilogue=Epilogue.over_q, exp2=Exp2(4, 4, 16)
     ),
     192: Tiles(tile_m=128, tile_n=128, stages=3, epilogue=Epilogue.over_q),
     256: Tiles(tile_m=128, tile_n=128, stages=2, epilogue=Epilogue.over_q),

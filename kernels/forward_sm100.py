@@ -49,7 +49,7 @@ from fa4_jax._variants import Epilogue, Feature, Variant
 from kernels.common import tmem
 from kernels.common.block_range import BlockRange
 from kernels.common.dtypes import element_type
-from kernels.common.fast_math import exp2_by_polynomial, max3, round_pair, tanh
+from kernels.common.fast_math import exp2_by_polynomial, max3, not_ahead, round_pair, tanh
 from kernels.common.mask import Band, mask_row
 from kernels.common.query_tile import (
     Problem,
@@ -76,6 +76,7 @@ WARPGROUP = 128
 WARPS = 16
 CORRECTION, MMA, EPILOGUE, LOAD = 8, 12, 13, 14  # first warps
 SLOTS = 2
+IDLE_REGISTERS = 24
 QUARTERS = 4  # p becomes operand in pieces; the last one is waited for by itself
 # A maximum is kept until a new one is larger by more, as a power of two.
 KEPT = 8.0
@@ -141,6 +142,7 @@ class Barriers(NamedTuple):
     last_read: cute.Pointer  # [part, warp] correction; softmax
     added: cute.Pointer  # [part] mma, after each visit of a tile of one part; correction
     acc: cute.Pointer  # [part] mma; correction
+    acc_seen: cute.Pointer  # [part] correction, by warp; mma, one tile later
     out_full: cute.Pointer  # [part] correction, by warp; epilogue
     out_empty: cute.Pointer  # [part] epilogue; correction
 
@@ -159,7 +161,7 @@ class ForwardSm100:
         self.has_intervals = Feature.interval in variant.features
         self.has_softcap = Feature.softcap in variant.features
         self.acc_column = SLOTS * self.tile_n
-        self.registers = {2: (184, 184, 88, 56), 1: (240, 24, 160, 56)}[self.parts]
+        self.registers = {2: (184, 88, 56), 1: (240, 160, 56)}[self.parts]
         # How many of each, and how many arrive.
         self.barriers = Barriers(
             q_full=(self.parts, 1),
@@ -174,6 +176,7 @@ class ForwardSm100:
             last_read=(self.parts * 4, 1),
             added=(self.parts, 1),
             acc=(self.parts, 1),
+            acc_seen=(self.parts, 4),
             out_full=(self.parts, 4),
             out_empty=(self.parts, 1),
         )
@@ -290,17 +293,16 @@ class ForwardSm100:
         pipeline.pipeline_init_arrive()
         pipeline.pipeline_init_wait()
         base = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.ptr)
-        first_softmax, second_softmax, correction, others = self.registers
+        softmax, correction, others = self.registers
 
-        if warp < 4:
-            cute.arch.setmaxregister_increase(first_softmax)
-            self.softmax(thread, Int32(0), base.toint(), smem, barriers, g_lse, problem)
-        elif warp < CORRECTION:
-            if const_expr(self.parts == 2):
-                cute.arch.setmaxregister_increase(second_softmax)
-                self.softmax(thread - WARPGROUP, Int32(1), base.toint(), smem, barriers, g_lse, problem)
+        if warp < CORRECTION:
+            part = warp // 4
+            if part < self.parts:
+                cute.arch.setmaxregister_increase(softmax)
+                thread = thread - part * WARPGROUP
+                self.softmax(thread, part, base.toint(), smem, barriers, g_lse, problem)
             else:
-                cute.arch.setmaxregister_decrease(second_softmax)
+                cute.arch.setmaxregister_decrease(IDLE_REGISTERS)
         elif warp < MMA:
             if const_expr(correction > 128):
                 cute.arch.setmaxregister_increase(correction)
@@ -409,10 +411,8 @@ class ForwardSm100:
             s_v, g_v = mma_tiles(tma.v, smem.v, out_cta.partition_B(g_v))
             for part in cutlass.range_constexpr(self.parts):
                 cute.arch.mbarrier_wait(barriers.q_empty + part, tile_phase)
-                full = barriers.q_full + part
-                expect(full, s_q, self.dtype)
                 place = tile.m_block * self.parts + part
-                cute.copy(tma.q, g_q[None, place], s_q[None, part], tma_bar_ptr=full)
+                fetch(tma.q, g_q[None, place], s_q[None, part], barriers.q_full + part)
             visits = tile.blocks.end - tile.blocks.begin
             # Two parts: k v k v ...; one: k k v k v ... v.
             ahead = 0 if const_expr(self.parts == 2) else 1
@@ -420,16 +420,13 @@ class ForwardSm100:
                 n = tile.blocks.end - 1 - i
                 if i < visits:
                     cute.arch.mbarrier_wait(barriers.kv_empty + ring.index, ring.phase)
-                    full = barriers.kv_full + ring.index
-                    expect(full, s_k, self.dtype)
-                    cute.copy(tma.k, g_k[None, n], s_k[None, ring.index], tma_bar_ptr=full)
+                    s_stage = s_k[None, ring.index]
+                    fetch(tma.k, g_k[None, n], s_stage, barriers.kv_full + ring.index)
                     ring.advance()
                 if i >= ahead:
                     cute.arch.mbarrier_wait(barriers.kv_empty + ring.index, ring.phase)
-                    full = barriers.kv_full + ring.index
-                    expect(full, s_v, self.dtype)
-                    n = n + ahead
-                    cute.copy(tma.v, g_v[None, n], s_v[None, ring.index], tma_bar_ptr=full)
+                    s_stage = s_v[None, ring.index]
+                    fetch(tma.v, g_v[None, n + ahead], s_stage, barriers.kv_full + ring.index)
                     ring.advance()
             tile_phase ^= 1
             following = claim(problem.order, ticket, reserved)
@@ -470,6 +467,8 @@ class ForwardSm100:
             for part in cutlass.range_constexpr(self.parts):
                 if const_expr(self.epilogue is Epilogue.own):
                     tmem.commit(barriers.q_empty + part)
+                # Where a part visits nothing, nothing else keeps this from running ahead.
+                cute.arch.mbarrier_wait(barriers.acc_seen + part, tile_phase ^ 1)
                 tmem.commit(barriers.acc + part)
             tile_phase ^= 1
             ticket = next_ticket(problem.order, ticket)
@@ -753,10 +752,12 @@ class ForwardSm100:
                 factor = smem.last_factors[thread, part]
                 signal(barriers.last_read + 4 * part + warp)
                 cute.arch.mbarrier_wait(barriers.acc + part, tile_phase)
+                signal(barriers.acc_seen + part)
                 tmem.after_wait()
                 cute.arch.mbarrier_wait(barriers.out_empty + part, tile_phase ^ 1)
                 is_empty = own[part].end <= own[part].begin
-                row_of_out = smem.out[part][thread, None]
+                # Its swizzled places, computed before the loop, would be 15 registers.
+                row_of_out = smem.out[part][not_ahead(thread), None]
                 self.write(acc + part * self.head_dim_v, factor, is_empty, row_of_out)
                 cute.arch.fence_view_async_shared()
                 tmem.before_signal()
@@ -785,16 +786,17 @@ class ForwardSm100:
         rounded = cute.make_tensor(
             cute.recast_ptr(words.iterator, dtype=self.dtype), cute.make_layout(tmem.STEP)
         )
-        for first in cutlass.range_constexpr(0, self.head_dim_v, tmem.STEP):
-            columns = tmem.load_columns(acc + first, tmem.STEP)
-            for i in cutlass.range_constexpr(0, tmem.STEP, 2):
-                pair = (columns[i], columns[i + 1])
-                if is_empty:
-                    pair = (Float32(0.0), Float32(0.0))
-                pair = cute.arch.mul_packed_f32x2(pair, (factor, factor))
-                words[i // 2] = round_pair(*pair, self.dtype)
-            place = cute.local_tile(row, (tmem.STEP,), (first // tmem.STEP,))
-            cute.autovec_copy(rounded, place)
+        zero = factor * Float32(0.0)  # or NaN
+        for place in cutlass.range_constexpr(self.head_dim_v // tmem.STEP):
+            if is_empty:
+                words.fill(round_pair(zero, zero, self.dtype))
+            else:
+                columns = tmem.load_columns(acc + place * tmem.STEP, tmem.STEP)
+                for i in cutlass.range_constexpr(0, tmem.STEP, 2):
+                    pair = (columns[i], columns[i + 1])
+                    pair = cute.arch.mul_packed_f32x2(pair, (factor, factor))
+                    words[i // 2] = round_pair(*pair, self.dtype)
+            cute.autovec_copy(rounded, cute.local_tile(row, (tmem.STEP,), (place,)))
 
     # Epilogue -------------------------------------------------------------------------------------
 
@@ -829,11 +831,12 @@ def mma_tiles(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
 
 
 @cute.jit
-def expect(barrier: cute.Pointer, tiles: cute.Tensor, dtype: cutlass.Constexpr):
-    """A stage of `tiles` will arrive at `barrier`."""
-    size = cute.size(tiles, mode=[0]) * dtype.width // 8
+def fetch(atom: cute.CopyAtom, gmem: cute.Tensor, smem: cute.Tensor, full: cute.Pointer):
+    """Load a tile, which arrives at `full`."""
+    size = cute.size(smem) * smem.element_type.width // 8
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
+        cute.arch.mbarrier_arrive_and_expect_tx(full, size)
+    cute.copy(atom, gmem, smem, tma_bar_ptr=full)
 
 
 @cute.jit
