@@ -8,6 +8,7 @@ within the ISA's error bounds.
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from . import mufu
@@ -273,12 +274,13 @@ def insert_bits(a: Array, b: Array, start: Array, length: Array) -> Array:
 
 def bf16_bits(x: Array, rounding: str = "rn") -> Array:
     """float32 to bfloat16 bits, as uint32; NaN becomes 0x7fff (PTX ISA, cvt)."""
-    bits = np.asarray(x, f32).view(u32)
+    x = np.asarray(x, f32)
     if rounding == "rn":
-        rounded = (bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16)
+        rounded = x.astype(ml_dtypes.bfloat16).view(u16).astype(u32)
     else:
-        rounded = bits >> u32(16)
-    return np.where((bits & u32(0x7FFFFFFF)) > u32(0x7F800000), u32(0x7FFF), rounded)
+        rounded = x.view(u32) >> u32(16)
+    is_nan = np.isnan(x)
+    return np.where(is_nan, u32(0x7FFF), rounded) if is_nan.any() else rounded
 
 
 def f16_bits(x: Array, rounding: str = "rn") -> Array:

@@ -225,7 +225,7 @@ def store_tensor_memory(warp: Warp, address: int, values: tuple[Array, ...], lin
         clock[agent] = epoch
         cells = _cells(lane // 32, column, len(values))
         checker.write(checker.tensor[warp.cta.rank], cells, clock, (agent, epoch), line)
-    words = np.stack([np.broadcast_to(value, LANES) for value in values], 1)
+    words = np.stack(values, 1)
     warp.cta.tensor.words[lane : lane + LANES, column : column + len(values)] = words
 
 

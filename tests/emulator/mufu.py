@@ -20,6 +20,8 @@ has these coefficients and constants.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 Array = np.ndarray
@@ -183,13 +185,22 @@ def exp2(x: Array) -> Array:
     aren't all 0, a negative one becomes its ones' complement: one unit less.
     """
     inside = np.fmax(np.fmin(x, np.float32(BIAS + 1)), np.float32(-BIAS - 1))
-    fixed = (inside * np.float32(1 << FRACTION_BITS)).astype(np.int64)
+    fixed = (inside * np.float32(1 << FRACTION_BITS)).astype(np.int32)
     fixed -= (fixed < 0) & (fixed & FRACTION != 0)
-    significand = _interpolate(fixed & FRACTION, 17, _EXP2_COEFFICIENTS) >> SQUARE_BITS
-    exponent = fixed >> FRACTION_BITS
     # The significand's leading bit adds 1 to the exponent.
-    power = _floats(((exponent + BIAS - 1) << FRACTION_BITS) + significand)
+    power = (((fixed >> FRACTION_BITS) + (BIAS - 1)) << FRACTION_BITS) + _exp2_significands()[
+        fixed & FRACTION
+    ]
+    power = np.where(power < SMALLEST_NORMAL, 0, np.minimum(power, INFINITY)).view(np.float32)
     return np.where(np.isnan(x), x, power)
+
+
+@functools.cache
+def _exp2_significands() -> Array:
+    """Of all 2^23 fractions: a look costs half of the arithmetic."""
+    parts = np.split(np.arange(1 << FRACTION_BITS, dtype=np.int64), 32)
+    found = [_interpolate(part, 17, _EXP2_COEFFICIENTS) >> SQUARE_BITS for part in parts]
+    return np.concatenate([part.astype(np.int32) for part in found])
 
 
 def rcp(x: Array) -> Array:
