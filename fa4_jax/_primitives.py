@@ -172,7 +172,7 @@ def device_reasons() -> tuple[str, ...]:
         devices = jax.devices("cuda")
     except RuntimeError:
         return ()
-    built = {"{}.{}".format(*v.arch.compute_capability) for v in _variants.VARIANTS}
+    built = {"{}.{}".format(*arch.compute_capability) for arch in _variants.served_arches()}
     unknown = sorted({d.compute_capability for d in devices} - built)
     if not unknown:
         return ()

@@ -499,6 +499,13 @@ def feature_set(kernel: Kernel, needed: Iterable[Feature]) -> tuple[Feature, ...
     return min((s for s in sets if set(s) >= different), key=len)
 
 
+def served_arches() -> tuple[Arch, ...]:
+    """Architectures with every kernel that another one has. Only these are run on: a program is
+    lowered for all of them, and its gradient may be asked for later."""
+    keys = {v.key for v in VARIANTS}
+    return tuple(arch for arch in Arch if {v.key for v in VARIANTS if v.arch is arch} == keys)
+
+
 def built_head_dims(kernel: Kernel, dtype: DType) -> tuple[tuple[int, int], ...]:
     """Sorted (head_dim, head_dim_v) pairs that some architecture's row of `kernel` and `dtype`
     has."""
@@ -532,7 +539,8 @@ def support_table() -> str:
         "| CUDA target | compute capability | inputs | head dims, forward | head dims, gradient |",
         "|---|---|---|---|---|",
     ]
-    for arch, dtype in sorted({(v.arch, v.dtype) for v in VARIANTS}):
+    served = served_arches()
+    for arch, dtype in sorted({(v.arch, v.dtype) for v in VARIANTS if v.arch in served}):
         capability = "{}.{}".format(*arch.compute_capability)
         forward = head_dims(arch, dtype, [Kernel.forward])
         gradient = head_dims(arch, dtype, Kernel)

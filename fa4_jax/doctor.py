@@ -208,7 +208,7 @@ def check_library() -> Check:
 def check_kernels() -> Check:
     """Kernels for the compute capabilities of this machine's GPUs."""
     from fa4_jax import _ffi
-    from fa4_jax._variants import VARIANTS
+    from fa4_jax._variants import VARIANTS, served_arches
 
     try:
         built = set(_ffi.kernel_names())
@@ -225,7 +225,8 @@ def check_kernels() -> Check:
     here = devices()
     if here["platform"] == "gpu":
         capabilities = here["compute_capability"].split(", ")
-        if unserved := [key for key in capabilities if not counts.get(key, [0])[0]]:
+        served = {"{}.{}".format(*arch.compute_capability) for arch in served_arches()}
+        if unserved := [key for key in capabilities if key not in served]:
             detail = f"{text}; none for this machine's sm {', '.join(unserved)}: reference only"
             return Check("kernels", Status.limited, detail)
     return Check("kernels", Status.ok, text)

@@ -12,6 +12,7 @@ import pytest
 
 import fa4_jax
 from fa4_jax import _ffi, doctor
+from fa4_jax._variants import VARIANTS
 from fa4_jax.doctor import Check, Status
 
 LIBRARY = "libfa4_jax.so"
@@ -96,6 +97,19 @@ def test_incomplete_build_is_a_limitation(monkeypatch, tmp_path):
     check = doctor.check_kernels()
     assert check.status == Status.limited
     assert "1 of " in check.detail
+
+
+def test_a_gpu_without_every_kernel_has_the_reference_only(monkeypatch, tmp_path):
+    """Forward kernels are there for compute capability 10.0; a gradient would find none."""
+    write_library(tmp_path, kernels=[variant.name for variant in VARIANTS])
+    monkeypatch.setattr(_ffi, "library_path", lambda: tmp_path / LIBRARY)
+    here = {"platform": "gpu", "compute_capability": "9.0, 10.0"}
+    monkeypatch.setattr(doctor, "devices", lambda: here)
+    check = doctor.check_kernels()
+    assert check.status == Status.limited
+    assert "machine's sm 10.0: reference only" in check.detail
+    here["compute_capability"] = "9.0"
+    assert doctor.check_kernels().status == Status.ok
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])

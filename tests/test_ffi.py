@@ -189,6 +189,9 @@ def test_launch_passes_what_the_exported_function_expects(fake, variant):
 
     fake.library.fa4_jax_fake_on_launch(on_launch)
     fake.multiprocessors(132)
+    major, minor = variant.arch.compute_capability
+    fake.device(40 + major)  # a device is asked for its compute capability once
+    fake.library.fa4_jax_fake_compute_capability(10 * major + minor)
     RawCall(variant)()
     ((name, tensors, scalars, stream),) = seen
     assert name == variant.name
@@ -321,7 +324,7 @@ def test_failed_memset_is_an_error_and_nothing_is_launched(fake):
 def test_another_architecture_is_unimplemented(fake):
     fake.device(40)  # never asked for its compute capability before
     fake.library.fa4_jax_fake_compute_capability(75)
-    with pytest.raises(XLA_ERRORS, match=r"got compute capability 7\.5, expected 9"):
+    with pytest.raises(XLA_ERRORS, match=r"got compute capability 7\.5, expected 9\.0, 10\.0"):
         RawCall(variant_of(Kernel.forward))()
 
 

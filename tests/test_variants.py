@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -23,11 +24,12 @@ from fa4_jax._variants import (
     built_head_dims,
     kernel_key,
     round_up,
+    served_arches,
     target_name,
 )
 
 # Written down, so that a row lost or doubled by an edit of the table is seen.
-NUM_ROWS = 120
+NUM_ROWS = 156
 
 SIGNATURES = {(v.kernel, v.features): v.signature for v in VARIANTS}
 BACKWARD = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
@@ -105,12 +107,24 @@ def test_a_postprocess_reads_what_its_backward_left() -> None:
     assert split[Kernel.backward] == split[Kernel.backward_postprocess]
 
 
-def test_every_architecture_builds_what_another_does() -> None:
+def test_an_architecture_is_served_when_it_has_every_kernel(monkeypatch) -> None:
     """Arch-free keys are chosen when lowering: one that only one chip has fails on others."""
+    assert served_arches() == (Arch.sm90a,)
+    hopper = [v for v in VARIANTS if v.arch is Arch.sm90a]
+    others = tuple(dataclasses.replace(v, arch=Arch.sm100a) for v in hopper)
+    monkeypatch.setattr(_variants, "VARIANTS", (*hopper, *others))
+    assert served_arches() == (Arch.sm90a, Arch.sm100a)
+    monkeypatch.setattr(_variants, "VARIANTS", (*hopper, *others[1:]))
+    assert served_arches() == (Arch.sm90a,)
+
+
+def test_a_kernel_is_whole_on_each_architecture() -> None:
     keys = {
-        arch: {v.key for v in VARIANTS if v.arch is arch} for arch in {v.arch for v in VARIANTS}
+        (v.kernel, v.arch): {w.key for w in VARIANTS if (w.kernel, w.arch) == (v.kernel, v.arch)}
+        for v in VARIANTS
     }
-    assert all(held == next(iter(keys.values())) for held in keys.values())
+    for (kernel, _), held in keys.items():
+        assert held == keys[kernel, Arch.sm90a]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)

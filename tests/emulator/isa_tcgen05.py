@@ -203,6 +203,7 @@ def _place(warp: Warp, address: int, columns: int, what: str) -> tuple[int, int]
 def load_tensor_memory(warp: Warp, address: int, count: int, line: int) -> list[Array]:
     """The words of each register."""
     lane, column = _place(warp, address, count, "tcgen05.ld")
+    warp.counts["tensor columns read"] += count
     checker = warp.cluster.checker
     if checker is not None:
         # Complete only after tcgen05.wait::ld: until then another agent reads.
@@ -218,6 +219,7 @@ def load_tensor_memory(warp: Warp, address: int, count: int, line: int) -> list[
 def store_tensor_memory(warp: Warp, address: int, values: tuple[Array, ...], line: int) -> None:
     """Asynchronous until tcgen05.wait::st, for the happens-before check."""
     lane, column = _place(warp, address, len(values), "tcgen05.st")
+    warp.counts["tensor columns written"] += len(values)
     checker = warp.cluster.checker
     if checker is not None:
         agent, epoch = checker.start(("tcgen05.st", warp), f"tcgen05.st of {warp.name}")
