@@ -76,6 +76,7 @@ WARPGROUP = 128
 WARPS = 16
 CORRECTION, MMA, EPILOGUE, LOAD = 8, 12, 13, 14  # first warps
 SLOTS = 2
+LAUNCH_REGISTERS = 65536 // (32 * WARPS)
 IDLE_REGISTERS = 24
 QUARTERS = 4  # p becomes operand in pieces; the last one is waited for by itself
 # A maximum is kept until a new one is larger by more, as a power of two.
@@ -298,20 +299,16 @@ class ForwardSm100:
         if warp < CORRECTION:
             part = warp // 4
             if part < self.parts:
-                cute.arch.setmaxregister_increase(softmax)
+                set_registers(softmax)
                 thread = thread - part * WARPGROUP
                 self.softmax(thread, part, base.toint(), smem, barriers, g_lse, problem)
             else:
-                cute.arch.setmaxregister_decrease(IDLE_REGISTERS)
+                set_registers(IDLE_REGISTERS)
         elif warp < MMA:
-            if const_expr(correction > 128):
-                cute.arch.setmaxregister_increase(correction)
-            else:
-                cute.arch.setmaxregister_decrease(correction)
-            thread = thread - 32 * CORRECTION
-            self.correct(thread, base.toint(), smem, barriers, problem)
+            set_registers(correction)
+            self.correct(thread - 32 * CORRECTION, base.toint(), smem, barriers, problem)
         else:
-            cute.arch.setmaxregister_decrease(others)
+            set_registers(others)
             if warp == MMA:
                 self.multiply(base, mma, layouts, smem, barriers, problem)
             if warp == EPILOGUE:
@@ -512,11 +509,10 @@ class ForwardSm100:
             cute.arch.mbarrier_wait(barriers.kv_full + ring.index, ring.phase)
             k_stage = cute.arch.make_warp_uniform(ring.index)
             for part in cutlass.range_constexpr(self.parts):
-                if own[part].end == blocks.end:
-                    if own[part].begin < own[part].end:
-                        a, b = f_q[None, None, None, part], f_k[None, None, None, k_stage]
-                        tmem.issue_gemm(mma.scores, scores[part], a, b, Boolean(False))
-                        tmem.commit(barriers.scores + part)
+                if (own[part].end == blocks.end) & (own[part].begin < own[part].end):
+                    a, b = f_q[None, None, None, part], f_k[None, None, None, k_stage]
+                    tmem.issue_gemm(mma.scores, scores[part], a, b, Boolean(False))
+                    tmem.commit(barriers.scores + part)
             tmem.commit(barriers.kv_empty + ring.index)
             ring.advance()
         for i in cutlass.range(visits, unroll=1):
@@ -828,6 +824,15 @@ def mma_tiles(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
     """(smem, gmem) as `atom` copies an MMA's operand: its three modes become one."""
     operand_first = (cute.group_modes(t, 0, 3) for t in (smem, gmem))
     return cpasync.tma_partition(atom, 0, cute.make_layout(1), *operand_first)
+
+
+@cute.jit
+def set_registers(number: cutlass.Constexpr):
+    """Per thread, from what the CTA starts with."""
+    if const_expr(number > LAUNCH_REGISTERS):
+        cute.arch.setmaxregister_increase(number)
+    else:
+        cute.arch.setmaxregister_decrease(number)
 
 
 @cute.jit
