@@ -27,6 +27,7 @@ import dataclasses
 import enum
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 ROW_MULTIPLE = 128
 HEAD_DIM_MULTIPLE = 32
@@ -318,6 +319,9 @@ class Tiles:
     """Forward of Hopper."""
     exp2: Exp2 = Exp2()
     """Forward of Blackwell."""
+    ctas: int = 1
+    """Forward of Blackwell: with two, a pair of CTAs shares the MMAs of a tile, each loading half
+    of k and v."""
     k_stages: int = 0
     """Backward: with two, the next key tile's k is loaded before this one is done."""
     v_stages: int = 0
@@ -385,10 +389,12 @@ def grid(
     arch: Arch,
     tiles: Mapping[int | tuple[int, int], Tiles],
     dtypes: Iterable[DType] = (DType.bf16, DType.f16),
+    without_features: Mapping[int | tuple[int, int], Tiles] = MappingProxyType({}),
 ) -> Iterator[Variant]:
     """Rows for every set of features, dtype and head dim of `tiles`: of q and v alike, or a pair
-    (q, v)."""
+    (q, v). `without_features` are tiles of head dims where rows without features have others."""
     for features, dtype, head_dims in itertools.product(FEATURE_SETS[kernel], dtypes, tiles):
+        row_tiles = tiles if features else {**tiles, **without_features}
         pair = (head_dims, head_dims) if isinstance(head_dims, int) else head_dims
         yield Variant(
             kernel=kernel,
@@ -397,7 +403,7 @@ def grid(
             head_dim=pair[0],
             head_dim_v=pair[1],
             features=features,
-            tiles=tiles[head_dims],
+            tiles=row_tiles[head_dims],
         )
 
 
@@ -469,9 +475,15 @@ _FORWARD_SM100: Mapping[int | tuple[int, int], Tiles] = {
     256: Tiles(tile_m=128, tile_n=128, stages=2, epilogue=Epilogue.over_q),
 }
 
+# The interval rows' tiles come from a queue, which is a CTA's own.
+_FORWARD_SM100_PAIRS: Mapping[int | tuple[int, int], Tiles] = {
+    192: Tiles(tile_m=256, tile_n=128, stages=7, epilogue=Epilogue.over_q, ctas=2),
+    256: Tiles(tile_m=256, tile_n=128, stages=5, epilogue=Epilogue.over_q, ctas=2),
+}
+
 VARIANTS: tuple[Variant, ...] = (
     *grid(Kernel.forward, Arch.sm90a, _FORWARD_SM90),
-    *grid(Kernel.forward, Arch.sm100a, _FORWARD_SM100),
+    *grid(Kernel.forward, Arch.sm100a, _FORWARD_SM100, without_features=_FORWARD_SM100_PAIRS),
     *grid(
         Kernel.backward_preprocess,
         Arch.sm90a,

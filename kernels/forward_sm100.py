@@ -10,6 +10,9 @@ its rows sees. Scores, p and out stay in tensor memory; a thread there keeps the
 row had, until a new one is 2^8 times as much: few visits rescale out, and a warpgroup beside the
 softmax does it. Part of the exponentials is computed by polynomials on the FMA pipes.
 
+With `Tiles.ctas` = 2 a pair of CTAs shares each MMA of a part: 128 rows each, and each loads half
+of k and v. The first issues for both: what the MMAs wait for arrives at its barriers alone.
+
     warps    role         registers (two parts / one)
     0-3      softmax      184 / 240
     4-7      softmax      184 / 24, idle: the second part
@@ -25,8 +28,9 @@ softmax does it. Part of the exponentials is computed by polynomials on the FMA 
 
 p_begun says that three quarters of p are there, and that out is rescaled; p_done says that the rest
 of p is. What has no barrier of its own is ordered by these. The MMAs of a CTA execute in the order
-of issue, so scores of a visit mean that the products before are done, too, and may be issued over
-the p that these read. The factor of a visit comes after its scores.
+of issue. With two parts, scores of a visit say that the products before are done; with one, whose
+scores are computed a visit ahead, `added` does. Scores may be issued over the p that products
+before them read.
 
 Tensor memory, in columns: two slots for scores (128), p over the first half of its scores, then
 out, a head dim for each part. Two parts have a slot each; of one, the visits take turns.
@@ -157,7 +161,9 @@ class ForwardSm100:
         self.head_dim, self.head_dim_v = variant.head_dim, variant.head_dim_v
         self.tile_m, self.tile_n, self.stages = tiles.tile_m, tiles.tile_n, tiles.stages
         self.tile_mn = self.tile_m, self.tile_n
-        self.parts = self.tile_m // tmem.LANES
+        self.ctas = tiles.ctas
+        self.part_m = self.ctas * tmem.LANES
+        self.parts = self.tile_m // self.part_m
         self.exp2, self.epilogue = tiles.exp2, tiles.epilogue
         self.has_intervals = Feature.interval in variant.features
         self.has_softcap = Feature.softcap in variant.features
@@ -170,18 +176,19 @@ class ForwardSm100:
             kv_full=(self.stages, 1),
             kv_empty=(self.stages, 1),
             scores=(SLOTS, 1),
-            p_begun=(SLOTS, 8),
-            p_done=(SLOTS, 4),
+            p_begun=(SLOTS, 8 * self.ctas),
+            p_done=(SLOTS, 4 * self.ctas),
             factor=(SLOTS * 4, 1),
             last_factor=(self.parts * 4, 1),
             last_read=(self.parts * 4, 1),
             added=(self.parts, 1),
             acc=(self.parts, 1),
-            acc_seen=(self.parts, 4),
+            acc_seen=(self.parts, 4 * self.ctas),
             out_full=(self.parts, 4),
             out_empty=(self.parts, 1),
         )
-        assert self.tile_m in (tmem.LANES, 2 * tmem.LANES), "one or two parts"
+        assert (self.ctas, self.parts) in ((1, 1), (1, 2), (2, 1))
+        assert self.ctas == 1 or not self.has_intervals, "a CTA takes tiles from a queue by itself"
         assert self.tile_n == 128, "a slot of scores"
         assert self.acc_column + self.parts * self.head_dim_v <= tmem.COLUMNS
         assert self.head_dim_v % tmem.STEP == 0
@@ -207,16 +214,16 @@ class ForwardSm100:
             for t in (q, k, out)
         )
         v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0]))
-        scores_tile = (tmem.LANES, self.tile_n, self.head_dim)
-        out_tile = (tmem.LANES, self.head_dim_v, self.tile_n)
+        scores_tile = (self.part_m, self.tile_n, self.head_dim)
+        out_tile = (self.part_m, self.head_dim_v, self.tile_n)
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
-        one = tcgen05.CtaGroup.ONE
+        group = tcgen05.CtaGroup.TWO if self.ctas == 2 else tcgen05.CtaGroup.ONE
         mma = Mma(
             scores=sm100.make_trivial_tiled_mma(
-                self.dtype, self.dtype, k_major, k_major, Float32, one, scores_tile[:2]
+                self.dtype, self.dtype, k_major, k_major, Float32, group, scores_tile[:2]
             ),
             out=sm100.make_trivial_tiled_mma(
-                *(self.dtype, self.dtype, k_major, mn_major, Float32, one, out_tile[:2]),
+                *(self.dtype, self.dtype, k_major, mn_major, Float32, group, out_tile[:2]),
                 tcgen05.OperandSource.TMEM,
             ),
         )
@@ -229,8 +236,8 @@ class ForwardSm100:
             ),
             p=sm100.make_smem_layout_a(mma.out, out_tile, self.dtype, 1),
         )
-        cluster = cute.tiled_divide(cute.make_layout((1, 1, 1)), (mma.scores.thr_id.shape,))
-        load, store = cpasync.CopyBulkTensorTileG2SOp(one), cpasync.CopyBulkTensorTileS2GOp()
+        cluster = cute.tiled_divide(cute.make_layout((self.ctas, 1, 1)), (mma.scores.thr_id.shape,))
+        load, store = cpasync.CopyBulkTensorTileG2SOp(group), cpasync.CopyBulkTensorTileS2GOp()
 
         def stage(layout: cute.ComposedLayout) -> cute.ComposedLayout:
             return cute.select(layout, mode=[0, 1, 2])
@@ -268,10 +275,12 @@ class ForwardSm100:
             sinks,
             tuple(intervals),
             buffers[len(buffers) - self.has_intervals :],
-            num_sms,
+            cutlass.max(num_sms // self.ctas, 1) if const_expr(self.ctas > 1) else num_sms,
         )
         self.kernel(tma, mma, layouts, lse, problem).launch(
-            grid=(problem.order.ctas, 1, 1),
+            # A pair has one block_idx.x, the scheduler's.
+            grid=(problem.order.ctas, self.ctas, 1),
+            cluster=(1, self.ctas, 1) if self.ctas > 1 else None,
             block=(32 * WARPS, 1, 1),
             stream=stream,
             min_blocks_per_mp=1,
@@ -281,6 +290,8 @@ class ForwardSm100:
     def kernel(self, tma: Tma, mma: Mma, layouts: Layouts, g_lse: cute.Tensor, problem: Problem):
         thread, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        _, rank, _ = cute.arch.block_idx()
+        is_pair = self.ctas == 2
         storage = SmemAllocator().allocate(self.storage)
         smem = self.smem_tiles(storage, layouts)
         barriers = self.open_barriers(storage.barriers, warp)
@@ -289,10 +300,11 @@ class ForwardSm100:
             order = open_queue(problem.order, *places, FOLLOWERS[self.parts])
             problem = problem._replace(order=order)
         if warp == MMA:
-            cute.arch.alloc_tmem(tmem.COLUMNS, storage.tmem_address.ptr)
-            cute.arch.relinquish_tmem_alloc_permit()
-        pipeline.pipeline_init_arrive()
-        pipeline.pipeline_init_wait()
+            cute.arch.alloc_tmem(tmem.COLUMNS, storage.tmem_address.ptr, is_pair)
+            cute.arch.relinquish_tmem_alloc_permit(is_pair)
+        pair = cute.make_layout((self.ctas, 1, 1))
+        pipeline.pipeline_init_arrive(cluster_shape_mn=pair, is_relaxed=True)
+        pipeline.pipeline_init_wait(cluster_shape_mn=pair)
         base = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem_address.ptr)
         softmax, correction, others = self.registers
 
@@ -301,7 +313,7 @@ class ForwardSm100:
             if part < self.parts:
                 set_registers(softmax)
                 thread = thread - part * WARPGROUP
-                self.softmax(thread, part, base.toint(), smem, barriers, g_lse, problem)
+                self.softmax(thread, part, base.toint(), rank, smem, barriers, g_lse, problem)
             else:
                 set_registers(IDLE_REGISTERS)
         elif warp < MMA:
@@ -309,15 +321,15 @@ class ForwardSm100:
             self.correct(thread - 32 * CORRECTION, base.toint(), smem, barriers, problem)
         else:
             set_registers(others)
-            if warp == MMA:
+            if (warp == MMA) & (rank == 0):
                 self.multiply(base, mma, layouts, smem, barriers, problem)
             if warp == EPILOGUE:
-                self.store(tma, smem, barriers, problem)
+                self.store(tma, rank, smem, barriers, problem)
             if warp == LOAD:
-                self.load(tma, mma, smem, barriers, problem)
-        cute.arch.sync_threads()
+                self.load(tma, mma, rank, smem, barriers, problem)
+        meet_all(self.ctas)
         if warp == MMA:
-            cute.arch.dealloc_tmem(base, tmem.COLUMNS)
+            cute.arch.dealloc_tmem(base, tmem.COLUMNS, is_pair)
 
     @cute.jit
     def smem_tiles(self, storage, layouts: Layouts) -> Smem:
@@ -372,16 +384,24 @@ class ForwardSm100:
     @cute.jit
     def own(self, problem: Problem, tile: QueryTile, part: Int32) -> BlockRange:
         """The key tiles that a part of a tile visits."""
-        first = tile.m_block * self.tile_m + part * tmem.LANES
-        return own_visits(problem, (tmem.LANES, self.tile_n), tile, first)
+        first = tile.m_block * self.tile_m + part * self.part_m
+        return own_visits(problem, (self.part_m, self.tile_n), tile, first)
 
     # Load -----------------------------------------------------------------------------------------
 
     @cute.jit
-    def load(self, tma: Tma, mma: Mma, smem: Smem, barriers: Barriers, problem: Problem):
+    def load(
+        self,
+        tma: Tma,
+        mma: Mma,
+        rank: Int32,
+        smem: Smem,
+        barriers: Barriers,
+        problem: Problem,
+    ):
         """Per tile: q, and k and v of every key tile that it visits, last to first, in the order in
         which they are used."""
-        scores_cta, out_cta = mma.scores.get_slice(0), mma.out.get_slice(0)
+        scores_cta, out_cta = mma.scores.get_slice(rank), mma.out.get_slice(rank)
         ring = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         tile_phase = Int32(1)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
@@ -390,7 +410,7 @@ class ForwardSm100:
             tile = query_tile(problem, self.tile_mn, ticket)
             g_q = cute.local_tile(
                 tma.g_q[None, None, tile.head, tile.batch],
-                (tmem.LANES, self.head_dim),
+                (self.part_m, self.head_dim),
                 (None, 0),
             )
             g_k = cute.local_tile(
@@ -409,7 +429,8 @@ class ForwardSm100:
             for part in cutlass.range_constexpr(self.parts):
                 cute.arch.mbarrier_wait(barriers.q_empty + part, tile_phase)
                 place = tile.m_block * self.parts + part
-                fetch(tma.q, g_q[None, place], s_q[None, part], barriers.q_full + part)
+                full = barriers.q_full + part
+                self.fetch(tma.q, g_q[None, place], s_q[None, part], full, rank)
             visits = tile.blocks.end - tile.blocks.begin
             # Two parts: k v k v ...; one: k k v k v ... v.
             ahead = 0 if const_expr(self.parts == 2) else 1
@@ -417,18 +438,34 @@ class ForwardSm100:
                 n = tile.blocks.end - 1 - i
                 if i < visits:
                     cute.arch.mbarrier_wait(barriers.kv_empty + ring.index, ring.phase)
-                    s_stage = s_k[None, ring.index]
-                    fetch(tma.k, g_k[None, n], s_stage, barriers.kv_full + ring.index)
+                    stage = s_k[None, ring.index]
+                    self.fetch(tma.k, g_k[None, n], stage, barriers.kv_full + ring.index, rank)
                     ring.advance()
                 if i >= ahead:
                     cute.arch.mbarrier_wait(barriers.kv_empty + ring.index, ring.phase)
-                    s_stage = s_v[None, ring.index]
-                    fetch(tma.v, g_v[None, n + ahead], s_stage, barriers.kv_full + ring.index)
+                    stage, g_stage = s_v[None, ring.index], g_v[None, n + ahead]
+                    self.fetch(tma.v, g_stage, stage, barriers.kv_full + ring.index, rank)
                     ring.advance()
             tile_phase ^= 1
             following = claim(problem.order, ticket, reserved)
             announce(problem.order, ticket, following)
             ticket = following
+
+    @cute.jit
+    def fetch(
+        self,
+        atom: cute.CopyAtom,
+        gmem: cute.Tensor,
+        smem: cute.Tensor,
+        full: cute.Pointer,
+        rank: Int32,
+    ):
+        """Load a tile, which arrives at `full`; of a pair both halves arrive at the first CTA's."""
+        size = self.ctas * cute.size(smem) * self.dtype.width // 8
+        if rank == 0:
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, size)
+        cute.copy(atom, gmem, smem, tma_bar_ptr=full)
 
     # MMA ------------------------------------------------------------------------------------------
 
@@ -463,18 +500,24 @@ class ForwardSm100:
                 )
             for part in cutlass.range_constexpr(self.parts):
                 if const_expr(self.epilogue is Epilogue.own):
-                    tmem.commit(barriers.q_empty + part)
+                    self.commit(barriers.q_empty + part)
                 # Where a part visits nothing, nothing else keeps this from running ahead.
                 cute.arch.mbarrier_wait(barriers.acc_seen + part, tile_phase ^ 1)
-                tmem.commit(barriers.acc + part)
+                self.commit(barriers.acc + part)
             tile_phase ^= 1
             ticket = next_ticket(problem.order, ticket)
+
+    def commit(self, barrier: cute.Pointer):
+        """Arrive at a barrier, in both CTAs of a pair, when what was issued is done."""
+        tmem.commit(barrier, self.ctas)
 
     @cute.jit
     def fragments(self, base: cute.Pointer, mma: Mma, layouts: Layouts, smem: Smem):
         """q, k, v as operands, stages last; scores and p by slot, out by part."""
-        scores = mma.scores.make_fragment_C(mma.scores.partition_shape_C((tmem.LANES, self.tile_n)))
-        acc = mma.out.make_fragment_C(mma.out.partition_shape_C((tmem.LANES, self.head_dim_v)))
+        scores = mma.scores.make_fragment_C(
+            mma.scores.partition_shape_C((self.part_m, self.tile_n))
+        )
+        acc = mma.out.make_fragment_C(mma.out.partition_shape_C((self.part_m, self.head_dim_v)))
         p = mma.out.make_fragment_A(cute.make_tensor(scores.iterator, layouts.p.outer))
         p = p[None, None, None, 0]
         slots = [base + slot * self.tile_n for slot in range(SLOTS)]
@@ -512,8 +555,8 @@ class ForwardSm100:
                 if (own[part].end == blocks.end) & (own[part].begin < own[part].end):
                     a, b = f_q[None, None, None, part], f_k[None, None, None, k_stage]
                     tmem.issue_gemm(mma.scores, scores[part], a, b, Boolean(False))
-                    tmem.commit(barriers.scores + part)
-            tmem.commit(barriers.kv_empty + ring.index)
+                    self.commit(barriers.scores + part)
+            self.commit(barriers.kv_empty + ring.index)
             ring.advance()
         for i in cutlass.range(visits, unroll=1):
             n = blocks.end - 1 - i
@@ -534,10 +577,10 @@ class ForwardSm100:
                 if (n - 1 >= own[part].begin) & (n - 1 < own[part].end):
                     a, b = f_q[None, None, None, part], f_k[None, None, None, k_stage]
                     tmem.issue_gemm(mma.scores, scores[part], a, b, Boolean(False))
-                    tmem.commit(barriers.scores + part)
-            tmem.commit(barriers.kv_empty + v_ring.index)
+                    self.commit(barriers.scores + part)
+            self.commit(barriers.kv_empty + v_ring.index)
             if i < visits - 1:
-                tmem.commit(barriers.kv_empty + ring.index)
+                self.commit(barriers.kv_empty + ring.index)
                 ring.advance()
         return ring, visited
 
@@ -563,8 +606,8 @@ class ForwardSm100:
                 for slot in cutlass.range_constexpr(SLOTS):
                     if count + i & 1 == slot:
                         tmem.issue_gemm(mma.scores, scores[slot], a, b, Boolean(False))
-                        tmem.commit(barriers.scores + slot)
-                tmem.commit(barriers.kv_empty + ring.index)
+                        self.commit(barriers.scores + slot)
+                self.commit(barriers.kv_empty + ring.index)
                 ring.advance()
             if i > 0:
                 cute.arch.mbarrier_wait(barriers.kv_full + ring.index, ring.phase)
@@ -574,8 +617,8 @@ class ForwardSm100:
                     if before & 1 == slot:
                         phase = before >> 1 & 1
                         self.add(mma, (acc[0], p[slot], b), i > 1, slot, phase, barriers)
-                tmem.commit(barriers.added)
-                tmem.commit(barriers.kv_empty + ring.index)
+                self.commit(barriers.added)
+                self.commit(barriers.kv_empty + ring.index)
                 ring.advance()
         visited[0] = count + visits
         return ring, visited
@@ -609,6 +652,7 @@ class ForwardSm100:
         thread: Int32,
         part: Int32,
         base: Int32,
+        rank: Int32,
         smem: Smem,
         barriers: Barriers,
         g_lse: cute.Tensor,
@@ -623,7 +667,9 @@ class ForwardSm100:
         while ticket < last:
             tile = query_tile(problem, self.tile_mn, ticket)
             blocks = self.own(problem, tile, part)
-            row = tile.m_block * self.tile_m + part * tmem.LANES + thread
+            row = tile.m_block * self.tile_m + part * self.part_m + thread
+            if const_expr(self.ctas == 2):
+                row = row + rank * tmem.LANES
             first_key, end_key = self.seen(problem, tile, row)
             row_max, row_sum = -Float32.inf, Float32(0.0)
             for first, end, masked in reversed(blocks.segments(blocks.end)):
@@ -703,11 +749,21 @@ class ForwardSm100:
             tmem.store_columns(address + c * quarter // 2, words)
             if const_expr(c == QUARTERS - 2):
                 tmem.stored()
-                signal(barriers.p_begun + slot)
+                self.signal_mma(barriers.p_begun + slot)
         tmem.stored()
-        signal(barriers.p_done + slot)
+        self.signal_mma(barriers.p_done + slot)
         low, high = cute.arch.add_packed_f32x2(*sums)
         return low + high
+
+    @cute.jit
+    def signal_mma(self, barrier: cute.Pointer):
+        """Arrive for this warp where the MMAs are issued: in a pair's first CTA."""
+        if const_expr(self.ctas == 2):
+            cute.arch.sync_warp()
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive(barrier, 0)
+        else:
+            signal(barrier)
 
     # Correction -----------------------------------------------------------------------------------
 
@@ -741,14 +797,14 @@ class ForwardSm100:
                             factor = smem.factors[thread, slot]
                             tmem.after_wait()
                             self.rescale(acc + part * self.head_dim_v, factor)
-                        signal(barriers.p_begun + slot)
+                        self.signal_mma(barriers.p_begun + slot)
                         visited[part] = visited[part] + 1
             for part in cutlass.range_constexpr(self.parts):
                 cute.arch.mbarrier_wait(barriers.last_factor + 4 * part + warp, tile_phase)
                 factor = smem.last_factors[thread, part]
                 signal(barriers.last_read + 4 * part + warp)
                 cute.arch.mbarrier_wait(barriers.acc + part, tile_phase)
-                signal(barriers.acc_seen + part)
+                self.signal_mma(barriers.acc_seen + part)
                 tmem.after_wait()
                 cute.arch.mbarrier_wait(barriers.out_empty + part, tile_phase ^ 1)
                 is_empty = own[part].end <= own[part].begin
@@ -797,7 +853,7 @@ class ForwardSm100:
     # Epilogue -------------------------------------------------------------------------------------
 
     @cute.jit
-    def store(self, tma: Tma, smem: Smem, barriers: Barriers, problem: Problem):
+    def store(self, tma: Tma, rank: Int32, smem: Smem, barriers: Barriers, problem: Problem):
         """Store the parts' out, and give their memory free."""
         own = const_expr(self.epilogue is Epilogue.own)
         tile_phase = Int32(0)
@@ -807,7 +863,7 @@ class ForwardSm100:
             g_out = tma.g_out[None, None, tile.head, tile.batch]
             for part in cutlass.range_constexpr(self.parts):
                 cute.arch.mbarrier_wait(barriers.out_full + part, tile_phase)
-                place = (tile.m_block * self.parts + part, 0)
+                place = ((tile.m_block * self.parts + part) * self.ctas + rank, 0)
                 g_part = cute.local_tile(g_out, (tmem.LANES, self.head_dim_v), place)
                 tma_store_begin(tma.out, smem.out[part], g_part)
             with cute.arch.elect_one():
@@ -827,21 +883,22 @@ def mma_tiles(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
 
 
 @cute.jit
+def meet_all(ctas: cutlass.Constexpr):
+    """Wait for all threads of the CTA, or of a pair's two."""
+    if const_expr(ctas == 2):
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+    else:
+        cute.arch.sync_threads()
+
+
+@cute.jit
 def set_registers(number: cutlass.Constexpr):
     """Per thread, from what the CTA starts with."""
     if const_expr(number > LAUNCH_REGISTERS):
         cute.arch.setmaxregister_increase(number)
     else:
         cute.arch.setmaxregister_decrease(number)
-
-
-@cute.jit
-def fetch(atom: cute.CopyAtom, gmem: cute.Tensor, smem: cute.Tensor, full: cute.Pointer):
-    """Load a tile, which arrives at `full`."""
-    size = cute.size(smem) * smem.element_type.width // 8
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full, size)
-    cute.copy(atom, gmem, smem, tma_bar_ptr=full)
 
 
 @cute.jit

@@ -285,7 +285,9 @@ def test_forward_of_intervals(emulated, variant: Variant, case: IntervalCase) ->
 
 def check_forward(emulated, variant: Variant, case: Case) -> None:
     q, k, v, _, _ = operands(variant, case)
-    row = functools.partial(emulated(variant.name), num_sms=case.num_sms)
+    # As many pairs as others have CTAs.
+    num_sms = case.num_sms * variant.tiles.ctas
+    row = functools.partial(emulated(variant.name), num_sms=num_sms)
     values = scalars(variant, case)
     arguments = (q, k, v, no_sinks(case) if case.sinks is None else case.sinks)
     arguments += interval_operands(variant, case)

@@ -39,10 +39,14 @@ def issue_gemm(  # noqa: PLR0913 - an MMA's operands, and which of its steps
 
 
 @cute.jit
-def commit(barrier: cute.Pointer):
-    """Arrive at `barrier` when all MMAs that this warp has issued are done."""
+def commit(barrier: cute.Pointer, ctas: cutlass.Constexpr = 1):
+    """Arrive at `barrier`, of each CTA of a pair, when all MMAs that this warp has issued are
+    done."""
     with cute.arch.elect_one():
-        tcgen05.commit(barrier)
+        if cutlass.const_expr(ctas == 2):
+            tcgen05.commit(barrier, 0b11, tcgen05.CtaGroup.TWO)
+        else:
+            tcgen05.commit(barrier)
 
 
 def lane_address(base: Int32, warp: Int32) -> Int32:
