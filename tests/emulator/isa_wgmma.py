@@ -130,7 +130,7 @@ def issue_wgmma(
         addend = np.zeros((16, columns), np.float32)
         if accumulate:
             registers = [warp.registers[slot].view(np.float32) for slot in slots]
-            addend = matrix.accumulator_block(np.stack(registers))
+            addend = matrix.accumulator_block(np.array(registers))
         sums = tensor_core.multiply_add(sign * rows_of_a(), b_operand, addend, kind)
         for value, slot in zip(matrix.accumulator_fragments(sums), slots, strict=True):
             old = warp.registers[slot]

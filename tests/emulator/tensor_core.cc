@@ -5,52 +5,84 @@
 // double arithmetic is exact and the order of the sum doesn't matter.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 namespace {
 
 constexpr int kDepth = 16;         // products per step
 constexpr int kFractionBits = 25;  // kept below the largest exponent
 constexpr int kZero = -4096;       // exponent of a zero
+constexpr int kSmallest = -252;    // exponent of a product of two numbers that aren't
+constexpr int kMaxColumns = 256;
 
-// The exponent of a finite number in a format with this least exponent.
+template <typename To, typename From>
+To BitCast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The exponent of a finite number in a format with this least exponent. By its bits, like what
+// follows: the library's functions took four fifths of the time.
 int Exponent(float value, int least) {
-  return value == 0 ? kZero : std::max(std::ilogb(value), least);
+  const int biased = static_cast<int>(BitCast<uint32_t>(value) >> 23 & 0xFF);
+  return value == 0 ? kZero : std::max(biased - 127, least);
+}
+
+// 2^exponent, of a normal double.
+double PowerOfTwo(int exponent) {
+  return BitCast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
 }
 
 // Rounded toward zero to 24 significant bits.
 float Truncate(double value) {
   const float nearest = static_cast<float>(value);
-  return std::fabs(nearest) > std::fabs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+  // The bits of a float further from zero are one more.
+  return std::fabs(nearest) > std::fabs(value) ? BitCast<float>(BitCast<uint32_t>(nearest) - 1)
+                                               : nearest;
 }
 
 }  // namespace
 
 // d[m][n] += a[m][16] b[n][16]^T for m < rows <= 64, n < columns <= 256. The operands are float32
-// copies of numbers of a format with this least exponent; all are finite.
+// copies of numbers of a format with this least exponent; all are finite. Columns side by side, so
+// that the compiler computes several at a time.
 extern "C" void fa4_jax_tensor_core_step(const float* a, const float* b, float* d, int rows,
                                          int columns, int least_exponent) {
-  int left[64 * kDepth];
-  int right[256 * kDepth];
-  for (int i = 0; i < rows * kDepth; ++i) left[i] = Exponent(a[i], least_exponent);
-  for (int i = 0; i < columns * kDepth; ++i) right[i] = Exponent(b[i], least_exponent);
+  double right[kDepth][kMaxColumns];
+  int right_exponents[kDepth][kMaxColumns];
+  for (int n = 0; n < columns; ++n) {
+    for (int k = 0; k < kDepth; ++k) {
+      right[k][n] = b[n * kDepth + k];
+      right_exponents[k][n] = Exponent(b[n * kDepth + k], least_exponent);
+    }
+  }
   for (int m = 0; m < rows; ++m) {
+    float* result = d + m * columns;
+    int largest[kMaxColumns];
+    double sums[kMaxColumns];
+    double scales[kMaxColumns];
+    for (int n = 0; n < columns; ++n) largest[n] = Exponent(result[n], -126);
+    for (int k = 0; k < kDepth; ++k) {
+      const int left = Exponent(a[m * kDepth + k], least_exponent);
+      for (int n = 0; n < columns; ++n) {
+        largest[n] = std::max(largest[n], left + right_exponents[k][n]);
+      }
+    }
     for (int n = 0; n < columns; ++n) {
-      const float* x = a + m * kDepth;
-      const float* y = b + n * kDepth;
-      float* result = d + m * columns + n;
-      int largest = Exponent(*result, -126);
-#pragma omp simd reduction(max : largest)
-      for (int k = 0; k < kDepth; ++k) {
-        largest = std::max(largest, left[m * kDepth + k] + right[n * kDepth + k]);
-      }
-      if (largest < kZero / 2) continue;  // nothing but zeros
-      const double scale = std::ldexp(1.0, kFractionBits - largest);
-      double sum = std::trunc(*result * scale);
-#pragma omp simd reduction(+ : sum)
-      for (int k = 0; k < kDepth; ++k) {
-        sum += std::trunc(static_cast<double>(x[k]) * y[k] * scale);
-      }
-      *result = Truncate(std::ldexp(sum, largest - kFractionBits));
+      // Nothing but zeros: the result stays, with its sign.
+      scales[n] = largest[n] < kSmallest ? 0 : PowerOfTwo(kFractionBits - largest[n]);
+      sums[n] = std::trunc(result[n] * scales[n]);
+    }
+    for (int k = 0; k < kDepth; ++k) {
+      const double left = a[m * kDepth + k];
+      for (int n = 0; n < columns; ++n) sums[n] += std::trunc(left * right[k][n] * scales[n]);
+    }
+    for (int n = 0; n < columns; ++n) {
+      const int exponent = std::max(largest[n], kSmallest) - kFractionBits;
+      result[n] = scales[n] == 0 ? result[n] : Truncate(sums[n] * PowerOfTwo(exponent));
     }
   }
 }
