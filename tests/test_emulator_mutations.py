@@ -62,7 +62,6 @@ BLACKWELL_DEFECTS = [
     ("arithmetic", "ex2 dropped", 0, "wrong values"),
     ("mask", "never selects", 0, "wrong values"),
     ("registers", "8 more", 0, "Deadlock|ProtocolError"),
-    ("lanes", "every lane elected", 0, "Deadlock|BarrierError|RaceError"),
 ]
 
 
