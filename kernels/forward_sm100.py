@@ -53,11 +53,13 @@ from fa4_jax._variants import Epilogue, Feature, Variant
 from kernels.common import tmem
 from kernels.common.block_range import BlockRange
 from kernels.common.dtypes import element_type
-from kernels.common.fast_math import exp2_by_polynomial, max3, not_ahead, round_pair, tanh
+from kernels.common.fast_math import exp2_by_polynomial, not_ahead, round_pair, tanh
 from kernels.common.mask import Band, mask_row
 from kernels.common.query_tile import (
     Problem,
     QueryTile,
+    Tma,
+    kernel_views,
     own_visits,
     query_tile,
     query_tiles,
@@ -73,7 +75,7 @@ from kernels.common.scheduler import (
     queue_storage,
     reserve,
 )
-from kernels.common.softmax import LOG2_E, normalise
+from kernels.common.softmax import LOG2_E, normalise, raise_kept_maximum
 from kernels.common.tma import tma_atom, tma_store_begin
 
 WARPGROUP = 128
@@ -83,24 +85,8 @@ SLOTS = 2
 LAUNCH_REGISTERS = 65536 // (32 * WARPS)
 IDLE_REGISTERS = 24
 QUARTERS = 4  # p becomes operand in pieces; the last one is waited for by itself
-# A maximum is kept until a new one is larger by more, as a power of two.
-KEPT = 8.0
 # Warps that call `next_ticket`: all that follow the one that loads.
 FOLLOWERS = {2: 14, 1: 10}
-
-
-class Tma(NamedTuple):
-    """TMA atoms with the coordinate tensors of q, k (rows, D, head, batch), v (V, rows, head,
-    batch), out."""
-
-    q: cute.CopyAtom
-    g_q: cute.Tensor
-    k: cute.CopyAtom
-    g_k: cute.Tensor
-    v: cute.CopyAtom
-    g_v: cute.Tensor
-    out: cute.CopyAtom
-    g_out: cute.Tensor
 
 
 class Smem(NamedTuple):
@@ -207,13 +193,7 @@ class ForwardSm100:
         *buffers: cute.Tensor,
     ):
         q, k, v, sinks, *intervals, out, lse = buffers[: len(buffers) - self.has_intervals]
-        # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
-        # operand of p v.
-        q, k, out = (
-            cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
-            for t in (q, k, out)
-        )
-        v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0]))
+        q, k, v, out = kernel_views(q, k, v, out)
         scores_tile = (self.part_m, self.tile_n, self.head_dim)
         out_tile = (self.part_m, self.head_dim_v, self.tile_n)
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN
@@ -685,7 +665,7 @@ class ForwardSm100:
                     if const_expr(masked):
                         start = n * self.tile_n
                         scores = mask_row(scores, first_key - start, end_key - start)
-                    row_max, factor = raise_maximum(row_max, scores, scale_log2)
+                    row_max, factor = raise_kept_maximum(row_max, scores, scale_log2)
                     smem.factors[thread, slot] = factor
                     signal(barriers.factor + 4 * slot + warp)
                     base_max = Float32(0.0) if row_max == -Float32.inf else row_max
@@ -907,22 +887,3 @@ def signal(barrier: cute.Pointer):
     cute.arch.sync_warp()
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive(barrier)
-
-
-@cute.jit
-def raise_maximum(
-    row_max: Float32, scores: list[Float32], scale_log2: Float32
-) -> tuple[Float32, Float32]:
-    """(maximum of the row, factor of what was summed before): the old maximum and 1, unless the new
-    one is larger by more than 2^`KEPT`. Without a branch."""
-    chains = [row_max, *scores[:3]]
-    for i in cutlass.range_constexpr(3, len(scores) - 1, 2):
-        chain = i // 2 % 4
-        chains[chain] = max3(chains[chain], scores[i], scores[i + 1])
-    chains[0] = cute.arch.fmax(chains[0], scores[len(scores) - 1])
-    highest = max3(max3(chains[0], chains[1], chains[2]), chains[3], row_max)
-    # NaN where the row has seen nothing yet, and still doesn't.
-    raised = (highest - row_max) * scale_log2
-    exponent = -raised
-    factor = cute.math.exp2(exponent, fastmath=True) if raised > KEPT else Float32(1.0)
-    return (highest if raised > KEPT else row_max), factor

@@ -58,6 +58,8 @@ from kernels.common.pipelines import WARPGROUP, load_tile_pipeline, register_spl
 from kernels.common.query_tile import (
     Problem,
     QueryTile,
+    Tma,
+    kernel_views,
     own_visits,
     query_tile,
     query_tiles,
@@ -90,20 +92,6 @@ TURN = 1
 WARP_ROWS = 16
 # A consumer warpgroup's.
 GROUP_ROWS = 64
-
-
-class Tma(NamedTuple):
-    """TMA atoms with the coordinate tensors of q, k (rows, D, head, batch), v (V, rows, head,
-    batch), out."""
-
-    q: cute.CopyAtom
-    g_q: cute.Tensor
-    k: cute.CopyAtom
-    g_k: cute.Tensor
-    v: cute.CopyAtom
-    g_v: cute.Tensor
-    out: cute.CopyAtom
-    g_out: cute.Tensor
 
 
 class Smem(NamedTuple):
@@ -171,13 +159,7 @@ class ForwardSm90:
         *buffers: cute.Tensor,
     ):
         q, k, v, sinks, *intervals, out, lse = buffers[: len(buffers) - self.has_intervals]
-        # (batch, rows, heads, dim) -> (rows, dim, heads, batch); v as (dim, rows, ...), the B
-        # operand of p v.
-        q, k, out = (
-            cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0]))
-            for t in (q, k, out)
-        )
-        v = cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0]))
+        q, k, v, out = kernel_views(q, k, v, out)
         scores_tile = (self.tile_m, self.tile_n, self.head_dim)
         out_tile = (self.tile_m, self.head_dim_v, self.tile_n)
         k_major, mn_major = OperandMajorMode.K, OperandMajorMode.MN

@@ -46,6 +46,29 @@ class QueryTile(NamedTuple):
     blocks: BlockRange
 
 
+class Tma(NamedTuple):
+    """TMA atoms with the coordinate tensors of q, k (rows, D, head, batch), v (V, rows, head,
+    batch), out."""
+
+    q: cute.CopyAtom
+    g_q: cute.Tensor
+    k: cute.CopyAtom
+    g_k: cute.Tensor
+    v: cute.CopyAtom
+    g_v: cute.Tensor
+    out: cute.CopyAtom
+    g_out: cute.Tensor
+
+
+def kernel_views(q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, out: cute.Tensor) -> tuple:
+    """The buffers (batch, rows, heads, dim) as (rows, dim, heads, batch); v as (dim, rows, ...),
+    the B operand of p v. On the host."""
+    q, k, out = (
+        cute.make_tensor(t.iterator, cute.select(t.layout, mode=[1, 3, 2, 0])) for t in (q, k, out)
+    )
+    return q, k, cute.make_tensor(v.iterator, cute.select(v.layout, mode=[3, 1, 2, 0])), out
+
+
 @cute.jit
 def query_tiles(  # noqa: PLR0913 - what a row is given
     q: cute.Tensor,

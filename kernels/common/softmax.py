@@ -13,11 +13,14 @@ import cutlass
 from cutlass import Float32, const_expr, cute
 
 from fa4_jax._variants import Softmax
+from kernels.common.fast_math import max3
 from kernels.common.mask import Intervals
 from kernels.common.mma_sm90 import LANES_PER_ROW
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+# `raise_kept_maximum` keeps a maximum until a new one is larger by more, as a power of two.
+KEPT = 8.0
 
 
 class OnlineSoftmax(NamedTuple):
@@ -140,3 +143,23 @@ def spoil(state: OnlineSoftmax, seen: Intervals):
     for r in cutlass.range_constexpr(cute.size(seen.first)):
         if seen.first[r] < 0:
             state.decay[r] = state.row_max[r] = Float32.nan
+
+
+@cute.jit
+def raise_kept_maximum(
+    row_max: Float32, scores: list[Float32], scale_log2: Float32
+) -> tuple[Float32, Float32]:
+    """(maximum of the row, factor of what was summed before): the old maximum and 1, unless the new
+    one is larger by more than 2^`KEPT` (FlashAttention-4, section 3.2). Without a branch; for a
+    thread that has a whole row."""
+    chains = [row_max, *scores[:3]]
+    for i in cutlass.range_constexpr(3, len(scores) - 1, 2):
+        chain = i // 2 % 4
+        chains[chain] = max3(chains[chain], scores[i], scores[i + 1])
+    chains[0] = cute.arch.fmax(chains[0], scores[len(scores) - 1])
+    highest = max3(max3(chains[0], chains[1], chains[2]), chains[3], row_max)
+    # NaN where the row has seen nothing yet, and still doesn't.
+    raised = (highest - row_max) * scale_log2
+    exponent = -raised
+    factor = cute.math.exp2(exponent, fastmath=True) if raised > KEPT else Float32(1.0)
+    return (highest if raised > KEPT else row_max), factor
