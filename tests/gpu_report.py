@@ -5,10 +5,10 @@
     python tests/gpu_report.py --only doctor,bench --out report
 
 Runs the doctor, all GPU tests (several processes share the GPU; long inputs by themselves),
-NVIDIA's sanitizers where they are installed, and the benchmark beside JAX's own attention: minutes
-on an H200. Each step has a time limit, and what comes after a failed one still runs. `report.zip`
-has what every step printed and measured and `report.md`, its summary, without this machine's paths
-and names. The exit status is 0 if every step passed.
+NVIDIA's sanitizers where they are installed, and the benchmark beside JAX's own attention. Each
+step has a time limit, and what comes after a failed one still runs. `report.zip` has what every
+step printed and measured and `report.md`, its summary, without this machine's paths and names. The
+exit status is 0 if every step passed.
 """
 
 from __future__ import annotations
