@@ -140,8 +140,8 @@ def key_tiles(
     # below, the last.
     band = scalars.band
     below, above = band.lower > -seqlen_q + 1, band.upper < seqlen_k - 1
-    even = Int32(0) if below ^ above else Int32(1)
-    ascending = Int32(1) if below & (even == 0) else Int32(0)
+    one_sided = below ^ above
+    ascending = Int32(1) if below & one_sided else Int32(0)
     if const_expr(len(own) > 0):
         ascending = Int32(len(own) - 1)
         # q, dout and dq_accum
@@ -153,7 +153,12 @@ def key_tiles(
         heads_and_sharing = (kv_heads * batch, Int32(1))
         order = tile_queue(n_blocks, heads_and_sharing, read, num_sms, own[0], apart)
     else:
-        order = tile_order(n_blocks, kv_heads * batch, even, num_sms)
+        shorter = n_blocks if one_sided else Int32(0)
+        if below & above:
+            # The last keys are in the windows of fewer queries.
+            fewer = cutlass.max(seqlen_k - (seqlen_q + band.lower), 0)
+            shorter = cutlass.min(cute.ceil_div(fewer, tile_n), n_blocks)
+        order = tile_order(n_blocks, kv_heads * batch, shorter, num_sms)
     return Problem(
         order=order,
         ascending=ascending,

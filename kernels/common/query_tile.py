@@ -93,10 +93,13 @@ def query_tiles(  # noqa: PLR0913 - what a row is given
         sharing = (heads * batch, heads // kv_heads)
         order = tile_queue(blocks, sharing, read, num_sms, taken[0])
     else:
-        # A band that only one side bounds is longer for some queries than for others.
+        # A band that only one side bounds is longer for some queries than for others. A window is
+        # cut short for the first ones.
         bounded_below, bounded_above = band.lower > -seqlen_q + 1, band.upper < seqlen_k - 1
-        even = Int32(0) if bounded_below ^ bounded_above else Int32(1)
-        order = tile_order(blocks, heads * batch, even, num_sms)
+        shorter = blocks if bounded_below ^ bounded_above else Int32(0)
+        if bounded_below & bounded_above:
+            shorter = cutlass.min(cute.ceil_div(cutlass.max(-band.lower, 0), tile_m), blocks)
+        order = tile_order(blocks, heads * batch, shorter, num_sms)
     softmax_scale, softcap = scales
     has_softcap = const_expr(softcap is not None)
     return Problem(

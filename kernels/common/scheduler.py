@@ -16,16 +16,19 @@ But the role that loads, which is ahead of the others, decides: it calls `reserv
 tile, and ends with `claim` and `announce`. A ticket that it doesn't announce is its own.
 
 `TileOrder` is fixed before the launch, without atomics, for blocks of which the later ones are
-longer (a causal band) or all are alike. Its tickets are rounds. Where all are alike, head after
-head, round after round, is all of it. Else:
+longer: all of them (a causal band), only the first (a window, which the first queries see less
+of), or none. Its tickets are rounds. Blocks that are alike come head after head, then those before
+them from the longest to the shortest, all heads at once. A window of 4,096 keys among 16,384 or
+32,768 then has its longest CTA at 1.00 to 1.01 of the mean, where head after head with all blocks
+gives 1.03 to 1.18 (computed, 132 CTAs, the tiles of head dim 64 to 256). If no two are alike:
 
     pairs     Two heads at a time: block M-1-j of the first, then block j of the second. Every pair
               costs the same and a round of them covers few heads. A CTA takes one pair every two
               rounds.
     singles   The heads that are left, two to four rounds of tiles, from the longest tile to the
-              shortest, in a snake: even rounds give place c to CTA c, odd ones place G-1-c. Where
-              the pairs of the heads before don't fill a round, it ends with pairs of these tiles:
-              the i-th longest, then the i-th shortest.
+              shortest, in a snake, as rounds of alike tiles, too: even ones give place c to CTA
+              c, odd ones place G-1-c. Where the pairs of the heads before don't fill a round, it
+              ends with pairs of these tiles: the i-th longest, then the i-th shortest.
 
 The longest CTA, in units of the mean, causal, 132 CTAs, batch x length 16,384, heads x dim 2,048
 (computed, a tile's overhead counted as one key tile): 1.01 for head dim 128 at lengths 1,024 to
@@ -59,8 +62,10 @@ class TileOrder(NamedTuple):
     """The order as kernel arguments: computed on the host, where divisions are cheap."""
 
     blocks: cute.FastDivmodDivisorV2  # blocks per head
-    even: Int32  # 1: all blocks of a head are alike
-    single_heads: cute.FastDivmodDivisorV2  # if even, blocks again
+    alike: cute.FastDivmodDivisorV2  # the last blocks of a head, or 1 if none are alike
+    shorter: Int32  # the others
+    alike_tiles: Int32
+    single_heads: cute.FastDivmodDivisorV2
     ctas: Int32
     paired_rounds: Int32
     pairs: Int32  # of blocks of the paired heads
@@ -92,17 +97,21 @@ class Place(NamedTuple):
     head: Int32
 
 
-def tile_order(blocks: Int32, heads: Int32, even: Int32, num_sms: Int32) -> TileOrder:
-    """The order of `blocks` x `heads` tiles for min(tiles, num_sms) CTAs; `even` is 0 or 1."""
+def tile_order(blocks: Int32, heads: Int32, shorter: Int32, num_sms: Int32) -> TileOrder:
+    """The order of `blocks` x `heads` tiles for min(tiles, num_sms) CTAs. The first `shorter`
+    blocks of a head are shorter than those after them, the others alike."""
     tiles = blocks * heads
     ctas = cutlass.min(tiles, num_sms)
-    pair_rounds = cutlass.max(tiles // (2 * ctas) - 1, 0) * (1 - even)
+    alike = blocks - shorter
+    pair_rounds = cutlass.max(tiles // (2 * ctas) - 1, 0) * (1 - cutlass.min(alike, 1))
     head_pairs = pair_rounds * ctas // blocks
     single_heads = heads - 2 * head_pairs
     return TileOrder(
         blocks=cute.fast_divmod_create_divisor_v2(blocks),
-        even=even,
-        single_heads=cute.fast_divmod_create_divisor_v2(even * blocks + (1 - even) * single_heads),
+        alike=cute.fast_divmod_create_divisor_v2(cutlass.max(alike, 1)),
+        shorter=shorter,
+        alike_tiles=alike * heads,
+        single_heads=cute.fast_divmod_create_divisor_v2(single_heads),
         ctas=ctas,
         paired_rounds=2 * pair_rounds,
         pairs=head_pairs * blocks,
@@ -278,12 +287,13 @@ def _place_in_round(order: TileOrder, round_: Int32) -> Place:
     in_pairs = round_ < order.paired_rounds
     single = paired_single if in_pairs else snaked
     head_pair, j = divmod(pair, order.blocks)
-    rank, single_head = divmod(single, order.single_heads)
-    if order.even == 1:
-        rank, single_head = single_head, rank
-    last = order.blocks.divisor - 1
+    rank, single_head = divmod(single - order.alike_tiles, order.single_heads)
+    longest_single = order.shorter - 1
+    if single < order.alike_tiles:
+        single_head, rank = divmod(single, order.alike)
+        longest_single = order.blocks.divisor - 1
     of_pair = in_pairs & (pair < order.pairs)
-    descending = last - j if of_pair else last - rank
+    descending = order.blocks.divisor - 1 - j if of_pair else longest_single - rank
     block = j if of_pair & odd else descending
     second = Int32(1) if odd else Int32(0)
     head = 2 * head_pair + second if of_pair else order.paired_heads + single_head
