@@ -206,19 +206,29 @@ TENSOR_CORE_BITS = 25
 
 
 def tensor_core_sum(a: np.ndarray, b: np.ndarray, addend: np.ndarray) -> np.ndarray:
-    """addend [...] + the sum of a [..., 16] * b [..., 16] as one tensor-core step rounds it.
+    """addend [...] + the sum of a [..., 16] * b [..., 16] as one tensor-core step rounds it; a and b
+    broadcast.
 
     Tensor cores align all terms to the largest exponent, cut off, toward zero, what lies further
     below it than they keep, and cut off the sum to float32 (Fasi, Higham, Mikaitis and Pranesh,
     "Numerical behavior of NVIDIA tensor cores", 2021, sections 2 and 3). A product's exponent is
     the sum of its operands'. `test_emulator_hardware` holds this against sums measured on an H200.
     """
-    terms = np.concatenate([a * b, addend[..., None]], -1)
-    exponents = np.frexp(terms)[1]
-    exponents[..., :-1] = np.frexp(a)[1] + np.frexp(b)[1] - 1
-    largest = np.where(terms == 0, -2000, exponents).max(-1, keepdims=True) - 1
-    unit = np.ldexp(1.0, np.maximum(largest, -500) - TENSOR_CORE_BITS)
-    return _toward_zero((np.trunc(terms / unit) * unit).sum(-1))
+    exponents_a, exponents_b = _exponents(a), _exponents(b)
+    largest = _exponents(addend)
+    for i in range(a.shape[-1]):  # arrays of a term each stay in a cache
+        largest = np.maximum(largest, exponents_a[..., i] + exponents_b[..., i] - 1)
+    unit = np.ldexp(1.0, np.maximum(largest - 1, -500) - TENSOR_CORE_BITS)
+    per_unit = 1 / unit  # a power of two
+    units = np.trunc(addend * per_unit)
+    for i in range(a.shape[-1]):
+        units += np.trunc(a[..., i] * b[..., i] * per_unit)
+    return _toward_zero(units * unit)
+
+
+def _exponents(x: np.ndarray) -> np.ndarray:
+    """Binary exponents, of a zero one below all products'."""
+    return np.where(x == 0, -2000, np.frexp(x)[1])
 
 
 def tensor_core_lse(
@@ -240,7 +250,7 @@ def tensor_core_lse(
         x = np.zeros((q.shape[1], k.shape[1]))
         for start in range(0, k.shape[-1], 16):
             step = np.s_[..., start : start + 16]
-            x = tensor_core_sum(*np.broadcast_arrays(queries[step], keys[step]), x)
+            x = tensor_core_sum(queries[step], keys[step], x)
         x = x * scale if softcap is None else softcap * np.tanh(x * scale / softcap)
         x = np.where(seen[batch], x, -np.inf)
         lse[batch, head] = np.logaddexp.reduce(x, -1, initial=sinks[batch, head])
