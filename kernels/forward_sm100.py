@@ -249,7 +249,7 @@ class ForwardSm100:
 
         self.storage = Storage
         problem = query_tiles(
-            *(q, k, self.tile_m, self.head_dim_v),
+            *(q, k, (self.tile_m, self.part_m), self.head_dim_v),
             (softmax_scale, softcap if const_expr(self.has_softcap) else None),
             Band(band_lower, band_upper),
             sinks,
@@ -364,7 +364,7 @@ class ForwardSm100:
     @cute.jit
     def own(self, problem: Problem, tile: QueryTile, part: Int32) -> BlockRange:
         """The key tiles that a part of a tile visits."""
-        first = tile.m_block * self.tile_m + part * self.part_m
+        first = tile.first_row + part * self.part_m
         return own_visits(problem, (self.part_m, self.tile_n), tile, first)
 
     # Load -----------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ class ForwardSm100:
             s_v, g_v = mma_tiles(tma.v, smem.v, out_cta.partition_B(g_v))
             for part in cutlass.range_constexpr(self.parts):
                 cute.arch.mbarrier_wait(barriers.q_empty + part, tile_phase)
-                place = tile.m_block * self.parts + part
+                place = tile.first_row // self.part_m + part
                 full = barriers.q_full + part
                 self.fetch(tma.q, g_q[None, place], s_q[None, part], full, rank)
             visits = tile.blocks.end - tile.blocks.begin
@@ -647,7 +647,7 @@ class ForwardSm100:
         while ticket < last:
             tile = query_tile(problem, self.tile_mn, ticket)
             blocks = self.own(problem, tile, part)
-            row = tile.m_block * self.tile_m + part * self.part_m + thread
+            row = tile.first_row + part * self.part_m + thread
             if const_expr(self.ctas == 2):
                 row = row + rank * tmem.LANES
             first_key, end_key = self.seen(problem, tile, row)
@@ -684,7 +684,7 @@ class ForwardSm100:
             cute.arch.mbarrier_wait(barriers.last_read + 4 * part + warp, tile_phase)
             smem.last_factors[thread, part] = factor
             signal(barriers.last_factor + 4 * part + warp)
-            if row < problem.seqlen_q:
+            if (row >= 0) & (row < problem.seqlen_q):
                 g_lse[tile.batch, tile.head, row] = lse
             tile_phase ^= 1
             ticket = next_ticket(problem.order, ticket)
@@ -843,7 +843,7 @@ class ForwardSm100:
             g_out = tma.g_out[None, None, tile.head, tile.batch]
             for part in cutlass.range_constexpr(self.parts):
                 cute.arch.mbarrier_wait(barriers.out_full + part, tile_phase)
-                place = ((tile.m_block * self.parts + part) * self.ctas + rank, 0)
+                place = ((tile.first_row // self.part_m + part) * self.ctas + rank, 0)
                 g_part = cute.local_tile(g_out, (tmem.LANES, self.head_dim_v), place)
                 tma_store_begin(tma.out, smem.out[part], g_part)
             with cute.arch.elect_one():

@@ -222,7 +222,7 @@ class ForwardSm90:
 
         self.storage = Storage
         problem = query_tiles(
-            *(q, k, self.tile_m, self.head_dim_v),
+            *(q, k, (self.tile_m, GROUP_ROWS), self.head_dim_v),
             (softmax_scale, softcap if const_expr(self.has_softcap) else None),
             Band(band_lower, band_upper),
             sinks,
@@ -281,9 +281,9 @@ class ForwardSm90:
             reserved = reserve(problem.order)
             tile = query_tile(problem, self.tile_mn, ticket)
             g_q = cute.local_tile(
-                tma.g_q[None, None, tile.head, tile.batch],
+                cute.domain_offset((tile.first_row, 0), tma.g_q[None, None, tile.head, tile.batch]),
                 (self.tile_m, self.head_dim),
-                (tile.m_block, 0),
+                (0, 0),
             )
             g_k = cute.local_tile(
                 tma.g_k[None, None, tile.kv_head, tile.batch],
@@ -350,7 +350,7 @@ class ForwardSm90:
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
             tile = query_tile(problem, self.tile_mn, ticket)
-            first_row = tile.m_block * self.tile_m + group * GROUP_ROWS
+            first_row = tile.first_row + group * GROUP_ROWS
             own = (GROUP_ROWS, self.tile_n)
             blocks = own_visits(problem, own, tile, first_row)
             acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
@@ -373,7 +373,7 @@ class ForwardSm90:
                 k_slot.release()
                 self.cap(scores, problem)
                 if blocks.needs_mask(blocks.end - 1):
-                    self.mask(scores, coords, seen, (tile.m_block, blocks.end - 1), problem)
+                    self.mask(scores, coords, seen, (tile.first_row, blocks.end - 1), problem)
                 online_softmax(softmax, rows_and_columns(scores), scale_log2, self.softmax)
                 probabilities = to_16_bit(scores, self.dtype)
                 p_operand = as_a_operand(probabilities)
@@ -395,7 +395,7 @@ class ForwardSm90:
                         k_is_full, v_is_full = k_consumer.try_wait(), v_consumer.try_wait()
                         self.cap(scores, problem)
                         if const_expr(masked):
-                            place = (tile.m_block, end - 1 - i)
+                            place = (tile.first_row, end - 1 - i)
                             self.mask(scores, coords, seen, place, problem)
                         online_softmax(softmax, rows_and_columns(scores), scale_log2, self.softmax)
                         warpgroup.wait_group(0)
@@ -414,17 +414,8 @@ class ForwardSm90:
                 q_slot.release()
             self.normalise(softmax, seen, tile, problem)
             rescale(acc_rows, softmax.decay)
-            first_row = tile.m_block * self.tile_m
-            extent = problem.seqlen_q - first_row
-            g_lse = cute.domain_offset((first_row,), results.lse[tile.batch, tile.head, None])
-            self.store_lse(softmax.row_max, coords, g_lse, extent)
-            # `thread` would need a register through the loop: d=64 with a softcap has none left.
-            writer = thread_again() - WARPGROUP
-            if const_expr(self.epilogue is Epilogue.registers):
-                g_out = results.out[None, None, tile.head, tile.batch]
-                accumulator_to_gmem(acc_rows, writer, g_out, first_row + coords.row)
-            else:
-                self.store_out(writer, mma, smem, tile, tma, acc)
+            if tile.first_row + group * GROUP_ROWS >= 0:
+                self.store(mma, smem, tile, tma, (acc, softmax.row_max), coords, results)
             if const_expr(self.epilogue is Epilogue.over_q):
                 q_slot.release()
             ticket = next_ticket(problem.order, ticket)
@@ -459,7 +450,7 @@ class ForwardSm90:
         """
         seen = problem.band
         if const_expr(self.has_intervals):
-            m_start = tile.m_block * self.tile_m
+            m_start = tile.first_row
             last = problem.seqlen_q - m_start - 1
             rows = cute.size(coords.offsets, mode=[0])
             seen = Intervals(*(cute.make_rmem_tensor(rows, Int32) for _ in range(2)))
@@ -479,8 +470,8 @@ class ForwardSm90:
         place: tuple[Int32, Int32],
         problem: Problem,
     ):
-        """Mask what the queries of tile place[0] don't see of key tile place[1]."""
-        m_start, n_start = place[0] * self.tile_m, place[1] * self.tile_n
+        """Mask what the tile's queries, from place[0] on, don't see of key tile place[1]."""
+        m_start, n_start = place[0], place[1] * self.tile_n
         extent = (problem.seqlen_q - m_start, problem.seqlen_k - n_start)
         seen = seen.from_tile(m_start, n_start)
         mask_scores(rows_and_columns(scores), coords, seen, extent)
@@ -493,6 +484,30 @@ class ForwardSm90:
         finish(softmax, problem.softmax_scale, sink_of(problem, tile))
         if const_expr(self.has_intervals):
             spoil(softmax, seen)
+
+    @cute.jit
+    def store(
+        self,
+        mma: Mma,
+        smem: Smem,
+        tile: QueryTile,
+        tma: Tma,
+        rows: tuple[cute.Tensor, cute.Tensor],
+        coords: Coordinates,
+        results: Results,
+    ):
+        """`rows`, normalised out and lse of a warpgroup's rows, of which none is before the first
+        query, to global memory."""
+        acc, row_lse = rows
+        g_lse = cute.domain_offset((tile.first_row,), results.lse[tile.batch, tile.head, None])
+        self.store_lse(row_lse, coords, g_lse, results.lse.shape[2] - tile.first_row)
+        # `thread` would need a register through the loop: d=64 with a softcap has none left.
+        writer = thread_again() - WARPGROUP
+        if const_expr(self.epilogue is Epilogue.registers):
+            g_out = results.out[None, None, tile.head, tile.batch]
+            accumulator_to_gmem(rows_and_columns(acc), writer, g_out, tile.first_row + coords.row)
+        else:
+            self.store_out(writer, mma, smem, tile, tma, acc)
 
     @cute.jit
     def store_lse(
@@ -520,8 +535,8 @@ class ForwardSm90:
         warp = cute.arch.make_warp_uniform(thread // 32)
         tile_shape = (WARP_ROWS, self.head_dim_v)
         g_out = tma.g_out[None, None, tile.head, tile.batch]
-        g_place = (tile.m_block * (self.tile_m // WARP_ROWS) + warp, 0)
-        g_out = cute.local_tile(g_out, tile_shape, g_place)
+        g_out = cute.domain_offset((tile.first_row + warp * WARP_ROWS, 0), g_out)
+        g_out = cute.local_tile(g_out, tile_shape, (0, 0))
         tma_store_begin(tma.out, cute.local_tile(s_out, tile_shape, (warp, 0)), g_out)
         if const_expr(self.epilogue is Epilogue.over_q):
             tma_store_wait()

@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     order: TileOrder | TileQueue
     heads: cute.FastDivmodDivisorV2
     group: cute.FastDivmodDivisorV2  # query heads per key/value head
+    early: Int32  # rows of a head's first tile that are before its first query
     seqlen_q: Int32
     seqlen_k: Int32
     tanh_scale: Float32  # from q k^T to the exponent of `tanh`, with a softcap
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
 class QueryTile(NamedTuple):
     """A query tile and the key tiles it visits."""
 
-    m_block: Int32
+    first_row: Int32  # may be negative: see `query_tiles`
     head: Int32
     kv_head: Int32
     batch: Int32
@@ -73,7 +74,7 @@ def kernel_views(q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, out: cute.Tenso
 def query_tiles(  # noqa: PLR0913 - what a row is given
     q: cute.Tensor,
     k: cute.Tensor,
-    tile_m: cutlass.Constexpr,
+    tile_m: tuple[int, int],
     values_dim: cutlass.Constexpr,
     scales: tuple[Float32, Float32 | None],
     band: Band,
@@ -82,12 +83,20 @@ def query_tiles(  # noqa: PLR0913 - what a row is given
     taken: tuple[cute.Tensor, ...],
     num_sms: Int32,
 ) -> Problem:
-    """The query tiles of q and k (rows, dim, heads, batch). `scales` are softmax_scale and the
+    """The query tiles of q and k (rows, dim, heads, batch), of tile_m[0] rows, of which each
+    tile_m[1] have visits of their own.
+
+    Where later queries see more keys, the tile that isn't full comes first: rows that it has too
+    many, whole `tile_m[1]`, are before the first query. At the end it would visit the most keys for
+    the fewest queries: of 1,024 queries in tiles of 192, 8 key tiles of 128 for 64, now 1.
+
+    `scales` are softmax_scale and the
     softcap, if there is one; `taken` is, with intervals, how many tiles the queue has given. On the
     host."""
     seqlen_q, head_dim, heads, batch = q.shape
     seqlen_k, _, kv_heads, _ = k.shape
-    blocks = cute.ceil_div(seqlen_q, tile_m)
+    tile_m, own_m = tile_m
+    blocks, early = cute.ceil_div(seqlen_q, tile_m), Int32(0)
     if const_expr(len(intervals) > 0):
         read = Int64(seqlen_k) * ((head_dim + values_dim) * q.element_type.width // 8)
         sharing = (heads * batch, heads // kv_heads)
@@ -100,12 +109,15 @@ def query_tiles(  # noqa: PLR0913 - what a row is given
         if bounded_below & bounded_above:
             shorter = cutlass.min(cute.ceil_div(cutlass.max(-band.lower, 0), tile_m), blocks)
         order = tile_order(blocks, heads * batch, shorter, num_sms)
+        if bounded_above & (bounded_below ^ True):
+            early = (blocks * tile_m - seqlen_q) // own_m * own_m
     softmax_scale, softcap = scales
     has_softcap = const_expr(softcap is not None)
     return Problem(
         order=order,
         heads=cute.fast_divmod_create_divisor_v2(heads),
         group=cute.fast_divmod_create_divisor_v2(heads // kv_heads),
+        early=early,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
         tanh_scale=softmax_scale / softcap * TANH_EXPONENT if has_softcap else softmax_scale,
@@ -121,12 +133,13 @@ def query_tile(problem: Problem, tile: tuple[int, int], ticket: Int32) -> QueryT
     """The query tile of a ticket, of `tile` (queries, keys)."""
     m_block, head_of_all = place_of(problem.order, ticket)
     batch, head = divmod(head_of_all, problem.heads)
+    first_row = m_block * tile[0] - problem.early
     return QueryTile(
-        m_block=m_block,
+        first_row=first_row,
         head=head,
         kv_head=head // problem.group,
         batch=batch,
-        blocks=visits(problem, tile, batch, m_block * tile[0]),
+        blocks=visits(problem, tile, batch, first_row),
     )
 
 
@@ -149,9 +162,10 @@ def own_visits(
     problem: Problem, own: tuple[int, int], query_tile: QueryTile, first: Int32
 ) -> BlockRange:
     """Those of a query tile's key tiles that own[0] of its queries from `first` on see; none if
-    they are past the end."""
+    they are before the first query or past the last."""
     blocks = visits(problem, own, query_tile.batch, first).within(query_tile.blocks)
-    begin = blocks.begin if first < problem.seqlen_q else blocks.end
+    exist = (first >= 0) & (first < problem.seqlen_q)
+    begin = blocks.begin if exist else blocks.end
     return blocks._replace(begin=begin)
 
 
