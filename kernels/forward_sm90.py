@@ -356,7 +356,7 @@ class ForwardSm90:
             acc = make_accumulator(mma.out, (self.tile_m, self.head_dim_v))
             acc.fill(0.0)
             acc_rows = rows_and_columns(acc)
-            softmax = make_online_softmax(cute.size(acc_rows, mode=[0]))
+            softmax = make_online_softmax(cute.size(acc_rows, mode=[0]), self.softmax)
             seen = self.seen(coords, tile, problem)
             q_slot = q_consumer.wait_and_advance()
 
@@ -481,7 +481,7 @@ class ForwardSm90:
         self, softmax: OnlineSoftmax, seen: Band | Intervals, tile: QueryTile, problem: Problem
     ):
         """The factors of the rows of out, and lse; NaN in broken rows."""
-        finish(softmax, problem.softmax_scale, sink_of(problem, tile))
+        finish(softmax, sink_of(problem, tile))
         if const_expr(self.has_intervals):
             spoil(softmax, seen)
 

@@ -77,11 +77,14 @@ def test_forward_and_backward_have_every_set_of_features() -> None:
             for features in FEATURE_SETS[kernel]
         ]
         assert all(row.keys() == rows[0].keys() for row in rows), kernel
-        # Tiles are tuned once for all sets; but pairs of CTAs don't take tiles from a queue.
+        # Tiles are tuned once for all sets; but pairs of CTAs don't take tiles from a queue, and
+        # the source's order may be another where there is more to compute.
         for place, tiles in rows[0].items():
-            others = {row[place] for row in rows[1:]}
-            assert len(others) == 1 and (tiles.ctas == 2 or tiles in others), (kernel, place)
-            assert all(other.ctas == 1 for other in others)
+            others = {row[place] for row in rows[1:]} or {tiles}
+            (other,) = others
+            alike = dataclasses.replace(tiles, softmax=other.softmax)
+            assert tiles.ctas == 2 or alike == other, (kernel, place)
+            assert other.ctas == 1, (kernel, place)
     others = (Kernel.backward_preprocess, Kernel.backward_postprocess)
     assert not any(v.features for v in VARIANTS if v.kernel in others)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Online softmax over register tiles (Milakov & Gimelshein 2018; FlashAttention, section 3.1).
 
-Per row of this thread: the running maximum of the raw scores and this thread's share of the running
-sum. Four adjacent lanes share a row (`mma_sm90`), so the maximum is reduced over them for every
-tile, the sum once at the end.
+Per row of this thread: the running maximum of the scores, as an exponent of 2, and this thread's
+share of the running sum. Four adjacent lanes share a row (`mma_sm90`), so the maximum is reduced
+over them for every tile, the sum once at the end.
 """
 
 import math
@@ -19,6 +19,8 @@ from kernels.common.mma_sm90 import LANES_PER_ROW
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+# `Softmax.finite`'s maximum of a row that has seen no key.
+LOWEST = -3.0e38
 # `raise_kept_maximum` keeps a maximum until a new one is larger by more, as a power of two.
 KEPT = 8.0
 
@@ -26,27 +28,25 @@ KEPT = 8.0
 class OnlineSoftmax(NamedTuple):
     """Register state, one entry per row of this thread."""
 
-    row_max: cute.Tensor
+    row_max: cute.Tensor  # times scale_log2, rounded
     row_sum: cute.Tensor
     decay: cute.Tensor  # exp2(old maximum - new maximum), to rescale what was summed before
 
 
-def make_online_softmax(rows: int) -> OnlineSoftmax:
-    """The state before any tile: maximum -inf, sum 0."""
+def make_online_softmax(rows: int, order: Softmax) -> OnlineSoftmax:
+    """The state before any tile: nothing seen, sum 0. `order` is the variant's."""
     state = OnlineSoftmax(*(cute.make_rmem_tensor(rows, Float32) for _ in OnlineSoftmax._fields))
-    state.row_max.fill(-Float32.inf)
+    state.row_max.fill(LOWEST if order is Softmax.finite else -Float32.inf)
     state.row_sum.fill(0.0)
     return state
 
 
-def row_maximum(scores: cute.Tensor, row: int, initial: Float32) -> Float32:
+def row_maximum(scores: cute.Tensor, row: int) -> Float32:
     """Maximum of a row over its four lanes. Four chains: one of 32 dependent maxima would be
     latency bound."""
-    chains = [initial] + [scores[row, c] for c in range(1, 4)]
-    columns = cute.size(scores, mode=[1])
-    for c in range(columns):
-        if c == 0 or c > 3:
-            chains[c % 4] = cute.arch.fmax(chains[c % 4], scores[row, c])
+    chains = [scores[row, c] for c in range(4)]
+    for c in range(4, cute.size(scores, mode=[1])):
+        chains[c % 4] = cute.arch.fmax(chains[c % 4], scores[row, c])
     maximum = cute.arch.fmax(
         cute.arch.fmax(chains[0], chains[1]), cute.arch.fmax(chains[2], chains[3])
     )
@@ -65,12 +65,9 @@ def online_softmax(
     """
     rows = cute.size(scores, mode=[0])
     shifts = [Float32(0.0)] * rows
-    if const_expr(order is not Softmax.by_row):
-        for r in cutlass.range_constexpr(rows):
-            shifts[r] = _raise_maximum(state, scores, r, scale_log2)
     for r in cutlass.range_constexpr(rows):
-        if const_expr(order is Softmax.by_row):
-            shifts[r] = _raise_maximum(state, scores, r, scale_log2)
+        shifts[r] = _raise_maximum(state, scores, r, scale_log2, order)
+    for r in cutlass.range_constexpr(rows):
         probabilities = cute.math.exp2(
             scores[r, None].load() * scale_log2 + shifts[r], fastmath=True
         )
@@ -78,7 +75,7 @@ def online_softmax(
         # A tile's sum by itself: one of a million terms in turn would be 2e-5 off. Started from a
         # zero that takes the factor, it lets ptxas rescale out before the exponentials.
         start = Float32(0.0)
-        if const_expr(order is not Softmax.sums_last):
+        if const_expr(order is Softmax.maxima_first):
             start = state.decay[r] * Float32(0.0)
         total = probabilities.reduce(cute.ReductionOp.ADD, start, 0)
         state.row_sum[r] = state.row_sum[r] * state.decay[r] + total
@@ -86,23 +83,24 @@ def online_softmax(
 
 @cute.jit
 def _raise_maximum(
-    state: OnlineSoftmax, scores: cute.Tensor, r: cutlass.Constexpr, scale_log2: Float32
+    state: OnlineSoftmax,
+    scores: cute.Tensor,
+    r: cutlass.Constexpr,
+    scale_log2: Float32,
+    order: cutlass.Constexpr,
 ) -> Float32:
     """Take row r of `scores` into the maximum; returns the summand of its exponents."""
-    new_max = row_maximum(scores, r, state.row_max[r])
-    # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
-    base = Float32(0.0) if new_max == -Float32.inf else new_max
-    shift = base * -scale_log2
-    stays = state.row_max[r] == new_max
-    # Sums, not differences: only those become fma in the PTX, and ptxas would fuse either.
-    state.decay[r] = state.row_max[r] * scale_log2 + shift
-    # Where the maximum stays, the fma leaves the rounding error of `shift`, the same for each tile:
-    # after a million keys lse was off by 5e-4.
-    if stays:
-        state.decay[r] = Float32(0.0)
-    state.decay[r] = cute.math.exp2(state.decay[r], fastmath=True)
+    # Rounded, then compared: the difference below is of numbers that were kept, 0 where the maximum
+    # stays. An fma of the old raw maximum and the new product would leave that product's rounding
+    # error, the same for each tile: after a million keys lse was off by 5e-4.
+    new_max = cute.arch.fmax(state.row_max[r], row_maximum(scores, r) * scale_log2)
+    base = new_max
+    if const_expr(order is not Softmax.finite):
+        # A row that has seen no key yet: subtracting its maximum would give -inf + inf.
+        base = Float32(0.0) if new_max == -Float32.inf else new_max
+    state.decay[r] = cute.math.exp2(state.row_max[r] - base, fastmath=True)
     state.row_max[r] = new_max
-    return shift
+    return -base
 
 
 @cute.jit
@@ -113,13 +111,13 @@ def rescale(acc: cute.Tensor, factors: cute.Tensor):
 
 
 @cute.jit
-def finish(state: OnlineSoftmax, scale: Float32, sink: Float32):
+def finish(state: OnlineSoftmax, sink: Float32):
     """Turn the state into results: decay <- `normalise`'s factor, row_max <- its lse."""
     for r in cutlass.range_constexpr(cute.size(state.row_sum)):
         total = cute.arch.warp_reduction(
             state.row_sum[r], lambda a, b: a + b, threads_in_group=LANES_PER_ROW
         )
-        state.decay[r], state.row_max[r] = normalise(total, state.row_max[r] * scale, sink)
+        state.decay[r], state.row_max[r] = normalise(total, state.row_max[r] * LN_2, sink)
 
 
 @cute.jit
