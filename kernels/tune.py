@@ -47,9 +47,10 @@ MAX_DIFFERENCE = 1e-2
 
 # What makes a field of `Tiles` of its text, or of what JSON keeps of it.
 _KINDS: Mapping[str, Callable[[Any], Any]] = {
-    field.name: {"bool": lambda text: bool(int(text))}.get(
-        str(field.type), getattr(_variants, str(field.type), int)
-    )
+    field.name: {
+        "bool": lambda text: bool(int(text)),
+        "Exp2": lambda kept: _variants.Exp2(**kept),
+    }.get(str(field.type), getattr(_variants, str(field.type), int))
     for field in dataclasses.fields(Tiles)
 }
 
