@@ -206,8 +206,7 @@ TENSOR_CORE_BITS = 25
 
 
 def tensor_core_sum(a: np.ndarray, b: np.ndarray, addend: np.ndarray) -> np.ndarray:
-    """addend [...] + the sum of a [..., 16] * b [..., 16] as one tensor-core step rounds it; a and b
-    broadcast.
+    """addend [...] + the sum of a [..., 16] * b [..., 16] as one tensor-core step rounds it.
 
     Tensor cores align all terms to the largest exponent, cut off, toward zero, what lies further
     below it than they keep, and cut off the sum to float32 (Fasi, Higham, Mikaitis and Pranesh,
