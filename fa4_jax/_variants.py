@@ -328,6 +328,10 @@ class Tiles:
     """Backward: with two, the next key tile's k is loaded before this one is done."""
     v_stages: int = 0
     """Backward: with two, the next key tile's v is loaded before this one's last dp."""
+    dout_stages: int = 0
+    """Backward of Blackwell; `stages` are q's."""
+    dq_stages: int = 0
+    """Backward of Blackwell: how many pieces of 32 columns of dq are on their way."""
     split: Split = Split.rows
     """What the consumer warpgroups divide; chooses the class that compiles the row."""
 
@@ -471,6 +475,27 @@ _BACKWARD_SM90: Mapping[int | tuple[int, int], Tiles] = {
     256: _by_products(64, k_stages=1, v_stages=1),
 }
 
+
+def _in_tensor_memory(stages: int, kv_stages: int, dout_stages: int, dq_stages: int = 2) -> Tiles:
+    """A backward of Blackwell."""
+    return Tiles(
+        tile_m=128,
+        tile_n=128,
+        stages=stages,
+        k_stages=kv_stages,
+        v_stages=kv_stages,
+        dout_stages=dout_stages,
+        dq_stages=dq_stages,
+    )
+
+
+_BACKWARD_SM100: Mapping[int | tuple[int, int], Tiles] = {
+    64: _in_tensor_memory(stages=2, kv_stages=2, dout_stages=2),
+    96: _in_tensor_memory(stages=2, kv_stages=1, dout_stages=2, dq_stages=3),
+    128: _in_tensor_memory(stages=2, kv_stages=1, dout_stages=1),
+    (192, 128): _in_tensor_memory(stages=1, kv_stages=1, dout_stages=1),
+}
+
 _FORWARD_SM100: Mapping[int | tuple[int, int], Tiles] = {
     64: Tiles(tile_m=256, tile_n=128, stages=8, exp2=Exp2(4, 6, 16)),
     96: Tiles(tile_m=256, tile_n=128, stages=5, exp2=Exp2(4, 4, 16)),
@@ -488,20 +513,22 @@ _FORWARD_SM100_PAIRS: Mapping[int | tuple[int, int], Tiles] = {
     256: Tiles(tile_m=256, tile_n=128, stages=5, epilogue=Epilogue.over_q, ctas=2),
 }
 
+_BACKWARD = {Arch.sm90a: _BACKWARD_SM90, Arch.sm100a: _BACKWARD_SM100}
+
+
+def _backward(arch: Arch, tiles: Mapping[int | tuple[int, int], Tiles]) -> Iterator[Variant]:
+    """The rows of the three launches of a backward."""
+    before = {dims: Tiles(tile_m=128) for dims in tiles}
+    after = {dims: Tiles(tile_m=128, split=main.split) for dims, main in tiles.items()}
+    yield from grid(Kernel.backward_preprocess, arch, before)
+    yield from grid(Kernel.backward, arch, tiles)
+    yield from grid(Kernel.backward_postprocess, arch, after)
+
+
 VARIANTS: tuple[Variant, ...] = (
     *grid(Kernel.forward, Arch.sm90a, _FORWARD_SM90, without_features=_FORWARD_SM90_BAND),
     *grid(Kernel.forward, Arch.sm100a, _FORWARD_SM100, without_features=_FORWARD_SM100_PAIRS),
-    *grid(
-        Kernel.backward_preprocess,
-        Arch.sm90a,
-        {dims: Tiles(tile_m=128) for dims in _BACKWARD_SM90},
-    ),
-    *grid(Kernel.backward, Arch.sm90a, _BACKWARD_SM90),
-    *grid(
-        Kernel.backward_postprocess,
-        Arch.sm90a,
-        {dims: Tiles(tile_m=128, split=tiles.split) for dims, tiles in _BACKWARD_SM90.items()},
-    ),
+    *(row for arch, tiles in _BACKWARD.items() for row in _backward(arch, tiles)),
 )
 
 

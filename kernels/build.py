@@ -48,13 +48,18 @@ KERNELS = {
     (Kernel.forward, Arch.sm100a, Split.rows): "kernels.forward_sm100:ForwardSm100",
     (Kernel.backward, Arch.sm90a, Split.rows): "kernels.backward_sm90:BackwardSm90",
     (Kernel.backward, Arch.sm90a, Split.products): "kernels.backward_wide_sm90:BackwardWideSm90",
-    (Kernel.backward_preprocess, Arch.sm90a, Split.rows): (
-        "kernels.backward_preprocess:BackwardPreprocess"
-    ),
+    (Kernel.backward, Arch.sm100a, Split.rows): "kernels.backward_sm100:BackwardSm100",
     **{
-        (Kernel.backward_postprocess, Arch.sm90a, split): (
+        (Kernel.backward_preprocess, arch, Split.rows): (
+            "kernels.backward_preprocess:BackwardPreprocess"
+        )
+        for arch in Arch
+    },
+    **{
+        (Kernel.backward_postprocess, arch, split): (
             "kernels.backward_postprocess:BackwardPostprocess"
         )
+        for arch in Arch
         for split in Split
     },
 }

@@ -65,6 +65,15 @@ from kernels.common.query_tile import (
     query_tiles,
     sink_of,
 )
+from kernels.common.roles_sm100 import (
+    IDLE_REGISTERS,
+    WARPGROUP,
+    WARPS,
+    mma_tiles,
+    open_barriers,
+    set_registers,
+    signal,
+)
 from kernels.common.scheduler import (
     announce,
     claim,
@@ -78,12 +87,8 @@ from kernels.common.scheduler import (
 from kernels.common.softmax import LOG2_E, normalise, raise_kept_maximum
 from kernels.common.tma import tma_atom, tma_store_begin
 
-WARPGROUP = 128
-WARPS = 16
 CORRECTION, MMA, EPILOGUE, LOAD = 8, 12, 13, 14  # first warps
 SLOTS = 2
-LAUNCH_REGISTERS = 65536 // (32 * WARPS)
-IDLE_REGISTERS = 24
 QUARTERS = 4  # p becomes operand in pieces; the last one is waited for by itself
 # Warps that call `next_ticket`: all that follow the one that loads.
 FOLLOWERS = {2: 14, 1: 10}
@@ -274,7 +279,7 @@ class ForwardSm100:
         is_pair = self.ctas == 2
         storage = SmemAllocator().allocate(self.storage)
         smem = self.smem_tiles(storage, layouts)
-        barriers = self.open_barriers(storage.barriers, warp)
+        barriers = open_barriers(storage.barriers, self.barriers, warp)
         if const_expr(self.has_intervals):
             places = (storage.tile_ring, storage.tile_barriers)
             order = open_queue(problem.order, *places, FOLLOWERS[self.parts])
@@ -341,19 +346,6 @@ class ForwardSm100:
             factors=storage.factors.get_tensor(next(rows)),
             last_factors=storage.last_factors.get_tensor(next(rows)),
         )
-
-    @cute.jit
-    def open_barriers(self, storage, warp: Int32) -> Barriers:
-        """Initialise the barriers, before all threads meet."""
-        place, pointers = storage.data_ptr(), []
-        for count, arrivals in self.barriers:
-            pointers.append(place)
-            if warp == 0:
-                with cute.arch.elect_one():
-                    for i in cutlass.range_constexpr(count):
-                        cute.arch.mbarrier_init(place + i, arrivals)
-            place = place + count
-        return Barriers(*pointers)
 
     def slot(self, part: Int32, visits: Int32) -> tuple[Int32, Int32]:
         """(slot, phase) of a part's visit, counted over all of the CTA's tiles."""
@@ -856,12 +848,6 @@ class ForwardSm100:
             ticket = next_ticket(problem.order, ticket)
 
 
-def mma_tiles(atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor):
-    """(smem, gmem) as `atom` copies an MMA's operand: its three modes become one."""
-    operand_first = (cute.group_modes(t, 0, 3) for t in (smem, gmem))
-    return cpasync.tma_partition(atom, 0, cute.make_layout(1), *operand_first)
-
-
 @cute.jit
 def meet_all(ctas: cutlass.Constexpr):
     """Wait for all threads of the CTA, or of a pair's two."""
@@ -870,20 +856,3 @@ def meet_all(ctas: cutlass.Constexpr):
         cute.arch.cluster_wait()
     else:
         cute.arch.sync_threads()
-
-
-@cute.jit
-def set_registers(number: cutlass.Constexpr):
-    """Per thread, from what the CTA starts with."""
-    if const_expr(number > LAUNCH_REGISTERS):
-        cute.arch.setmaxregister_increase(number)
-    else:
-        cute.arch.setmaxregister_decrease(number)
-
-
-@cute.jit
-def signal(barrier: cute.Pointer):
-    """Arrive for this warp."""
-    cute.arch.sync_warp()
-    with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive(barrier)

@@ -307,6 +307,31 @@ def zero_gradients(
 
 
 @cute.jit
+def announce_next(
+    problem: Problem,
+    tile_mn: cutlass.Constexpr,
+    ticket: Int32,
+    reserved: Int32,
+    gradients: tuple[cute.Tensor, cute.Tensor],
+) -> Int32:
+    """The ticket after this one, which others are told, too. A queue's tiles that visit nothing are
+    passed over, their `gradients` set to zero."""
+    last = last_ticket(problem.order)
+    following = claim(problem.order, ticket, reserved)
+    if const_expr(isinstance(problem.order, TileQueue)):
+        unvisited = following < last
+        while unvisited:
+            tile = key_tile(problem, tile_mn, following)
+            unvisited = tile.blocks.end == tile.blocks.begin
+            if unvisited:
+                zero_gradients(gradients, problem, tile, tile_mn[1])
+                following = claim(problem.order, ticket, reserve(problem.order))
+                unvisited = following < last
+    announce(problem.order, ticket, following)
+    return following
+
+
+@cute.jit
 def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and what guards them
     atoms: Operands,
     gmem: Operands,
@@ -369,18 +394,7 @@ def load_operands(  # noqa: C901, PLR0913 - four operands, where they are and wh
             k_stage, v_stage = next_stage(k_stage, smem.k), next_stage(v_stage, smem.v)
         else:
             zero_gradients(gradients, problem, tile, tile_mn[1])
-        following = claim(problem.order, ticket, reserved)
-        if const_expr(isinstance(problem.order, TileQueue)):
-            unvisited = following < last
-            while unvisited:
-                tile = key_tile(problem, tile_mn, following)
-                unvisited = tile.blocks.end == tile.blocks.begin
-                if unvisited:
-                    zero_gradients(gradients, problem, tile, tile_mn[1])
-                    following = claim(problem.order, ticket, reserve(problem.order))
-                    unvisited = following < last
-        announce(problem.order, ticket, following)
-        ticket = following
+        ticket = announce_next(problem, tile_mn, ticket, reserved, gradients)
     q_producer.tail()
     dout_producer.tail()
 

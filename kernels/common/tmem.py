@@ -54,15 +54,17 @@ def lane_address(base: Int32, warp: Int32) -> Int32:
     return base + (warp % 4) * (32 << 16)
 
 
-def load_columns(address: Int32, count: int) -> tuple[Float32, ...]:
-    """`count` (a multiple of `STEP`) consecutive columns of this thread's lane.
+def load_columns(address: Int32, count: int, apart: int = STEP) -> tuple[Float32, ...]:
+    """`count` (a multiple of `STEP`) columns of this thread's lane: `STEP` consecutive ones at a
+    time, so far apart.
 
     One block of instructions, with the wait: nothing else would keep the compiler from using a
     register before it holds the column.
     """
     loads = [
         f"tcgen05.ld.sync.aligned.32x32b.x{STEP}.b32 "
-        f"{{ {', '.join(f'{{$w{first + i}}}' for i in range(STEP))} }}, [{{$r0}} + {first}];"
+        f"{{ {', '.join(f'{{$w{first + i}}}' for i in range(STEP))} }}, [{{$r0}} + "
+        f"{first // STEP * apart}];"
         for first in range(0, count, STEP)
     ]
     return cute.arch.inline_ptx(
