@@ -16,11 +16,11 @@ deterministic: `dq_order`).
     dS   = p (dp - dpsum)                        dk += dS q        dq_accum += dS^T k
 
     warps    role         registers
-    0-3      reduce       152         dq: a query row each, and TMA's additions of 32 of them
-    4-11     compute      136         p and dS: a key each, and half of the queries
-    12       mma          88
-    13       load         88
-    14-15    idle         88
+    0-3      reduce       144         dq: a query row each, and TMA's additions of 32 of them
+    4-11     compute      152         p and dS: a key each, and half of the queries
+    12       mma          64
+    13       load         64
+    14-15    idle         64
 
     load --[k, v, q, rows, dout, dpsum]--> mma (matrices), compute (rows: lse_log2 and intervals)
     mma --[scores]--> compute --[p_done]--> mma
@@ -60,7 +60,7 @@ from fa4_jax._variants import Feature, Variant
 from kernels.common import tmem
 from kernels.common.dq_order import DONE, later_tiles, pass_turn, turn_of, wait_for_turn
 from kernels.common.dtypes import element_type
-from kernels.common.fast_math import not_ahead
+from kernels.common.fast_math import not_ahead, thread_again
 from kernels.common.key_lanes import (
     capped_probabilities,
     gaps,
@@ -106,7 +106,7 @@ from kernels.common.tma import tma_atom, tma_tiles
 COMPUTE, MMA, LOAD = 4, 12, 13  # first warps
 COMPUTE_WARPS = MMA - COMPUTE
 FOLLOWERS = LOAD  # warps that call `next_ticket`
-REGISTERS = 152, 136, 88  # reduce, compute, others
+REGISTERS = 144, 152, 64  # reduce, compute, others
 TILE = 128  # queries, and keys
 PIECE = tmem.STEP  # queries that a thread has in either half of a tile; columns of dq at a time
 SLAB = 32  # rows of dq that a warp has
@@ -224,6 +224,11 @@ class BackwardSm100:
         self.is_deterministic = Feature.deterministic in variant.features
         self.stages = Operands(tiles.stages, tiles.k_stages, tiles.v_stages, tiles.dout_stages)
         self.dq_stages = tiles.dq_stages
+        # Of dq, in registers: tensor memory is free the sooner. With 128 and a softcap ptxas
+        # spilled registers of another role, up to 144 bytes.
+        self.columns_at_once = self.head_dim
+        if self.head_dim > (96 if self.has_softcap else 128):
+            self.columns_at_once = PIECE
         self.columns = tensor_columns(self.head_dim, self.head_dim_v)
         self.is_ahead = self.columns.dp - self.columns.scores == TILE
         # Before which product dq of the visit before has to be read.
@@ -702,7 +707,6 @@ class BackwardSm100:
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         lane = thread % WARPGROUP
         own_base = tmem.lane_address(base, cute.arch.make_warp_uniform(thread // 32))
-        s_ds = swizzled_row(smem.ds.iterator.toint(), lane)
         band = problem.scalars.band
         visited, tiles = Int32(0), Int32(0)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
@@ -714,12 +718,12 @@ class BackwardSm100:
             first_query = key - band.upper
             end_query = key - band.lower + 1 if is_key else first_query
             for _ in cutlass.range(problem.group, unroll=1):
-                for first, end, masked in blocks.segments(blocks.end):
-                    for m in cutlass.range(first, end, unroll=1):
-                        own = (own_base, s_ds, group, visited)
-                        seen = (key, first_query - m * TILE, end_query - m * TILE)
-                        self.visit(own, seen, masked, smem.rows, barriers, problem)
-                        visited += 1
+                for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
+                    own = (own_base, group, visited)
+                    seen = (key, first_query - m * TILE, end_query - m * TILE)
+                    masked = blocks.needs_mask(m)
+                    self.visit(own, seen, masked, smem, barriers, problem)
+                    visited += 1
             if blocks.end > blocks.begin:
                 cute.arch.mbarrier_wait(barriers.grads, tiles & 1)
                 tmem.after_wait()
@@ -738,17 +742,18 @@ class BackwardSm100:
     @cute.jit
     def visit(
         self,
-        own: tuple[Int32, Int32, Int32, Int32],
+        own: tuple[Int32, Int32, Int32],
         seen: tuple[Int32, Int32, Int32],
-        masked: cutlass.Constexpr,
-        rows: Statistics,
+        masked: Boolean,
+        smem: Smem,
         barriers: Barriers,
         problem: Problem,
     ):
-        """p and dS of a query tile. `own` is where this thread's lane and its row of dS are, its
-        half of the queries, and the number of the visit; `seen` its key, and the queries of this
+        """p and dS of a query tile. `own` is where this thread's lane is, its half of the
+        queries, and the number of the visit; `seen` its key, and the queries of this
         tile, [first, end), that see it."""
-        base, s_ds, group, visit = own
+        base, group, visit = own
+        rows = smem.rows
         key, first_query, end_query = seen
         scalars = problem.scalars
         phase = visit & 1
@@ -764,17 +769,16 @@ class BackwardSm100:
             lse_log2 = statistic(rows.lse_log2, first, PIECE)
             if const_expr(self.has_softcap):
                 piece = gaps(piece, scalars.softcap.exponent_scale)
-            if const_expr(masked):
+            if masked:
                 if const_expr(self.has_intervals):
                     piece = mask_queries(piece, key, first, rows.interval)
                 else:
                     piece = mask_row(piece, first_query - first, end_query - first)
             if const_expr(self.has_softcap):
-                p, slopes = capped_probabilities(piece, lse_log2, scalars.scale_log2())
-                kept += slopes
+                p, factors = capped_probabilities(piece, lse_log2, scalars.scale_log2())
             else:
-                p = probabilities(piece, lse_log2, scalars.scale_log2())
-                kept += p
+                p = factors = probabilities(piece, lse_log2, scalars.scale_log2())
+            kept += factors
             tmem.store_columns(address + half * (PIECE // 2), packed(p, self.dtype))
         tmem.stored()
         signal(barriers.p_done)
@@ -785,6 +789,8 @@ class BackwardSm100:
         tmem.after_wait()
         cute.arch.mbarrier_wait(barriers.dq_done, phase ^ 1)
         address = base + self.columns.dp + PIECE * group
+        # A register that isn't needed before.
+        s_ds = swizzled_row(smem.ds.iterator.toint(), thread_again() % WARPGROUP)
         for half in cutlass.range_constexpr(2):
             first = half * (TILE // 2) + PIECE * group
             dp = list(tmem.load_columns(address + half * (TILE // 2), PIECE))
@@ -792,7 +798,7 @@ class BackwardSm100:
             p = kept[half * PIECE : (half + 1) * PIECE]
             words = packed(score_gradients(p, dp, dpsum), self.dtype)
             tmem.store_columns(address + half * (PIECE // 2), words)
-            store_row(not_ahead(s_ds), words, half * TILE * 128, PIECE // 8 * group)
+            store_row(s_ds, words, half * TILE * 128, PIECE // 8 * group)
         cute.arch.fence_view_async_shared()
         tmem.stored()
         signal(barriers.ds_done)
@@ -885,25 +891,21 @@ class BackwardSm100:
         there and their places in global memory, by columns, and its first stage."""
         s_row, smem, gmem, first_stage = to
         pieces = self.head_dim // PIECE
-        at_once = self.head_dim <= 128  # in registers: tensor memory is free the sooner
         columns = ()
-        if const_expr(at_once):
-            columns = tmem.load_columns(acc, self.head_dim)
-            tmem.before_signal()
-            signal(barriers.dq_read)
         for piece in cutlass.range_constexpr(pieces):
-            if const_expr(at_once):
-                part = columns[piece * PIECE : (piece + 1) * PIECE]
-            else:
-                part = tmem.load_columns(acc + piece * PIECE, PIECE)
-                if const_expr(piece == pieces - 1):
+            first = piece * PIECE
+            if const_expr(first % self.columns_at_once == 0):
+                columns = tmem.load_columns(acc + first, self.columns_at_once)
+                if const_expr(first + self.columns_at_once == self.head_dim):
                     tmem.before_signal()
                     signal(barriers.dq_read)
+            place = first % self.columns_at_once
+            part = list(columns[place : place + PIECE])
             stage = piece % self.dq_stages
             # TMA has read what was in this stage.
             cute.arch.cp_async_bulk_wait_group(self.dq_stages - 1, read=True)
             cute.arch.sync_warp()
-            store_row(not_ahead(s_row), list(part), stage * 128 * SLAB, Int32(0))
+            store_row(not_ahead(s_row), part, stage * 128 * SLAB, Int32(0))
             cute.arch.fence_view_async_shared()
             cute.arch.sync_warp()
             # The copy elects its lane itself.
