@@ -255,6 +255,9 @@ class Split(enum.StrEnum):
     4 t + 2 h + c (t < 4; h, c < 2) holds column 8 h + 2 t + c. Its postprocess, whose row says
     `products` too, puts them in order.
     """
+    passes = enum.auto()
+    """Nothing: a backward that computes dv, then dk, of all keys, for which tensor memory has not
+    room beside one another."""
 
 
 class Epilogue(enum.StrEnum):
@@ -494,6 +497,8 @@ _BACKWARD_SM100: Mapping[int | tuple[int, int], Tiles] = {
     96: _in_tensor_memory(stages=2, kv_stages=1, dout_stages=2, dq_stages=3),
     128: _in_tensor_memory(stages=2, kv_stages=1, dout_stages=1),
     (192, 128): _in_tensor_memory(stages=1, kv_stages=1, dout_stages=1),
+    192: Tiles(tile_m=64, tile_n=128, split=Split.passes),
+    256: Tiles(tile_m=64, tile_n=128, split=Split.passes),
 }
 
 _FORWARD_SM100: Mapping[int | tuple[int, int], Tiles] = {

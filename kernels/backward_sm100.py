@@ -62,11 +62,7 @@ from kernels.common.dq_order import DONE, later_tiles, pass_turn, turn_of, wait_
 from kernels.common.dtypes import element_type
 from kernels.common.fast_math import not_ahead, thread_again
 from kernels.common.key_lanes import (
-    capped_probabilities,
-    gaps,
-    mask_queries,
     packed,
-    probabilities,
     score_gradients,
     statistic,
     store_row,
@@ -84,11 +80,21 @@ from kernels.common.key_tile import (
     make_softcap,
     zero_gradients,
 )
-from kernels.common.mask import Band, mask_row
+from kernels.common.key_tile_sm100 import (
+    PIECE,
+    at,
+    fetch,
+    fetch_rows,
+    operand_tiles,
+    queries_of,
+    rows_of_head,
+    weigh,
+    write_gradient,
+)
+from kernels.common.mask import Band
 from kernels.common.roles_sm100 import (
     WARPGROUP,
     WARPS,
-    mma_tiles,
     open_barriers,
     set_registers,
     signal,
@@ -107,9 +113,8 @@ COMPUTE, MMA, LOAD = 4, 12, 13  # first warps
 COMPUTE_WARPS = MMA - COMPUTE
 FOLLOWERS = LOAD  # warps that call `next_ticket`
 REGISTERS = 144, 152, 64  # reduce, compute, others
-TILE = 128  # queries, and keys
-PIECE = tmem.STEP  # queries that a thread has in either half of a tile; columns of dq at a time
-SLAB = 32  # rows of dq that a warp has
+TILE = 128  # queries, and keys; a thread has `PIECE` queries of either half
+SLAB = 32  # rows of dq that a warp has, `PIECE` columns at a time
 ORDER = 1  # named barrier of the warps that add dq; 0 is sync_threads
 
 
@@ -468,6 +473,7 @@ class BackwardSm100:
         scores = mma.scores.get_slice(0)
         by_keys, by_queries = scores.partition_A, scores.partition_B
         rings = self.rings(barriers)
+        s_rows, smem = smem.rows, smem.operands
         visited, tiles = Int32(0), Int32(0)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
@@ -475,41 +481,36 @@ class BackwardSm100:
             tile = key_tile(problem, self.tile_mn, ticket)
             blocks = tile.blocks
             k, v = (
-                self.tiles_of(atom, smem, gmem[None, None, tile.kv_head, tile.batch], by_keys)
-                for atom, smem, gmem in (
-                    (atoms.k, smem.operands.k, gmem.k),
-                    (atoms.v, smem.operands.v, gmem.v),
-                )
+                operand_tiles(atom, s, g[None, None, tile.kv_head, tile.batch], TILE, by_keys)
+                for atom, s, g in ((atoms.k, smem.k, gmem.k), (atoms.v, smem.v, gmem.v))
             )
-            n = tile.n_block
+            k_slot, v_slot = (place_in_ring(tiles, n) for n in (self.stages.k, self.stages.v))
             for h in cutlass.range(problem.group, unroll=1):
                 head = tile.kv_head * problem.group + h
                 q, dout = (
-                    self.tiles_of(atom, smem, gmem[None, None, head, tile.batch], by_queries)
-                    for atom, smem, gmem in (
-                        (atoms.q, smem.operands.q, gmem.q),
-                        (atoms.dout, smem.operands.dout, gmem.dout),
+                    operand_tiles(atom, s, g[None, None, head, tile.batch], TILE, by_queries)
+                    for atom, s, g in (
+                        (atoms.q, smem.q, gmem.q),
+                        (atoms.dout, smem.dout, gmem.dout),
                     )
                 )
-                g_lse = statistics.lse_log2[tile.batch, head, None]
-                g_dpsum = statistics.dpsum[tile.batch, head, None]
-                g_interval = tuple(bound[tile.batch, None] for bound in statistics.interval)
-                rows = ((g_lse, smem.rows.lse_log2),)
-                rows += tuple(zip(g_interval, smem.rows.interval, strict=True))
+                rows, dpsum = rows_of_head(statistics, s_rows, head, tile.batch)
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
                     is_first = (h == 0) & (m == blocks.begin)
                     if is_first:
-                        self.fetch(atoms.v, v, n, tiles, rings.v)
+                        fetch(atoms.v, v, tile.n_block, rings.v, v_slot)
                         if const_expr(self.stages.k > 1):
-                            self.fetch(atoms.k, k, n, tiles, rings.k)
-                    self.fetch(atoms.q, q, m, visited, rings.q)
-                    self.fetch_rows(rows, m, visited, (barriers.rows_full, barriers.rows_empty))
-                    self.fetch(atoms.dout, dout, m, visited, rings.dout)
+                            fetch(atoms.k, k, tile.n_block, rings.k, k_slot)
+                    fetch(atoms.q, q, m, rings.q, place_in_ring(visited, self.stages.q))
+                    ring = (barriers.rows_full, barriers.rows_empty)
+                    fetch_rows(rows, m, ring, visited & 1)
+                    slot = place_in_ring(visited, self.stages.dout)
+                    fetch(atoms.dout, dout, m, rings.dout, slot)
                     ring = (barriers.dpsum_full, barriers.dpsum_empty)
-                    self.fetch_rows(((g_dpsum, smem.rows.dpsum),), m, visited, ring)
+                    fetch_rows(dpsum, m, ring, visited & 1)
                     if const_expr(self.stages.k == 1):
                         if is_first:
-                            self.fetch(atoms.k, k, n, tiles, rings.k)
+                            fetch(atoms.k, k, tile.n_block, rings.k, k_slot)
                     visited += 1
             if blocks.end > blocks.begin:
                 tiles += 1
@@ -518,43 +519,13 @@ class BackwardSm100:
             ticket = announce_next(problem, self.tile_mn, ticket, reserved, gradients)
 
     def rings(self, barriers: Barriers) -> Operands:
-        """(full, empty, stages) of each operand."""
+        """(full, empty) of each operand."""
         return Operands(
-            q=(barriers.q_full, barriers.q_empty, self.stages.q),
-            k=(barriers.k_full, barriers.k_empty, self.stages.k),
-            v=(barriers.v_full, barriers.v_empty, self.stages.v),
-            dout=(barriers.dout_full, barriers.dout_empty, self.stages.dout),
+            q=(barriers.q_full, barriers.q_empty),
+            k=(barriers.k_full, barriers.k_empty),
+            v=(barriers.v_full, barriers.v_empty),
+            dout=(barriers.dout_full, barriers.dout_empty),
         )
-
-    def tiles_of(self, atom: cute.CopyAtom, smem: cute.Tensor, gmem: cute.Tensor, partition):
-        """(smem, gmem) as `atom` copies tiles of an operand's rows."""
-        tiles = cute.local_tile(gmem, (TILE, gmem.shape[1]), (None, 0))
-        return mma_tiles(atom, smem, partition(tiles))
-
-    @cute.jit
-    def fetch(self, atom: cute.CopyAtom, tiles: tuple, place: Int32, count: Int32, ring: tuple):
-        """Tile `place` of (shared memory, global memory), the ring's number `count`."""
-        smem, gmem = tiles
-        full, empty, stages = ring
-        index, phase = place_in_ring(count, stages)
-        cute.arch.mbarrier_wait(empty + index, phase ^ 1)
-        stage = smem[None, index]
-        with cute.arch.elect_one():
-            size = cute.size(stage) * self.dtype.width // 8
-            cute.arch.mbarrier_arrive_and_expect_tx(full + index, size)
-        cute.copy(atom, gmem[None, place], stage, tma_bar_ptr=full + index)
-
-    @cute.jit
-    def fetch_rows(self, rows: tuple, m: Int32, count: Int32, ring: tuple):
-        """What is known of the rows of query tile m: (global memory, shared memory) of each."""
-        full, empty = ring
-        cute.arch.mbarrier_wait(empty, count & 1 ^ 1)
-        with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(full, 4 * TILE * len(rows))
-        for gmem, smem in rows:
-            bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), gmem.element_type)
-            with cute.arch.elect_one():
-                cute.copy(bulk, cute.local_tile(gmem, (TILE,), (m,)), smem, mbar_ptr=full)
 
     # MMA ------------------------------------------------------------------------------------------
 
@@ -707,34 +678,32 @@ class BackwardSm100:
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
         lane = thread % WARPGROUP
         own_base = tmem.lane_address(base, cute.arch.make_warp_uniform(thread // 32))
-        band = problem.scalars.band
         visited, tiles = Int32(0), Int32(0)
         ticket, last = first_ticket(problem.order), last_ticket(problem.order)
         while ticket < last:
             tile = key_tile(problem, self.tile_mn, ticket)
             blocks = tile.blocks
             key = tile.n_block * TILE + lane
-            is_key = key < problem.seqlen_k
-            first_query = key - band.upper
-            end_query = key - band.lower + 1 if is_key else first_query
+            first_query, end_query = queries_of(problem, key)
             for _ in cutlass.range(problem.group, unroll=1):
                 for m in cutlass.range(blocks.begin, blocks.end, unroll=1):
                     own = (own_base, group, visited)
-                    seen = (key, first_query - m * TILE, end_query - m * TILE)
+                    seen = (first_query - m * TILE, end_query - m * TILE)
                     masked = blocks.needs_mask(m)
-                    self.visit(own, seen, masked, smem, barriers, problem)
+                    self.visit(own, (key, seen, masked), smem, barriers, problem)
                     visited += 1
             if blocks.end > blocks.begin:
                 cute.arch.mbarrier_wait(barriers.grads, tiles & 1)
                 tmem.after_wait()
-                of_tile = (tile.batch, tile.kv_head)
+                of_tile = (None, None, tile.kv_head, tile.batch)
                 if group == 0:
-                    dv = own_base + self.columns.dv
-                    self.write(dv, Float32(1.0), stores.dv, key, of_tile, problem)
+                    acc, to = own_base + self.columns.dv, (stores.dv[of_tile], key)
+                    columns = (0, self.head_dim_v)
+                    write_gradient(acc, Float32(1.0), to, columns, problem.seqlen_k)
                 else:
-                    dk = own_base + self.columns.dk
-                    scale = problem.scalars.softmax_scale
-                    self.write(dk, scale, stores.dk, key, of_tile, problem)
+                    acc, to = own_base + self.columns.dk, (stores.dk[of_tile], key)
+                    columns, scale = (0, self.head_dim), problem.scalars.softmax_scale
+                    write_gradient(acc, scale, to, columns, problem.seqlen_k)
                 tmem.before_signal()
                 tiles += 1
             ticket = next_ticket(problem.order, ticket)
@@ -743,19 +712,16 @@ class BackwardSm100:
     def visit(
         self,
         own: tuple[Int32, Int32, Int32],
-        seen: tuple[Int32, Int32, Int32],
-        masked: Boolean,
+        mask: tuple[Int32, tuple[Int32, Int32], Boolean],
         smem: Smem,
         barriers: Barriers,
         problem: Problem,
     ):
-        """p and dS of a query tile. `own` is where this thread's lane is, its half of the
-        queries, and the number of the visit; `seen` its key, and the queries of this
-        tile, [first, end), that see it."""
+        """p and dS of a query tile. `own` is where this thread's lane is, its half of the queries,
+        and the number of the visit; `mask` its key, the queries of this tile, [first, end), that
+        see it, and whether that matters."""
         base, group, visit = own
         rows = smem.rows
-        key, first_query, end_query = seen
-        scalars = problem.scalars
         phase = visit & 1
         cute.arch.mbarrier_wait(barriers.rows_full, phase)
         cute.arch.mbarrier_wait(barriers.scores, phase)
@@ -766,18 +732,7 @@ class BackwardSm100:
         for half in cutlass.range_constexpr(2):
             piece = list(scores[half * PIECE : (half + 1) * PIECE])
             first = half * (TILE // 2) + PIECE * group
-            lse_log2 = statistic(rows.lse_log2, first, PIECE)
-            if const_expr(self.has_softcap):
-                piece = gaps(piece, scalars.softcap.exponent_scale)
-            if masked:
-                if const_expr(self.has_intervals):
-                    piece = mask_queries(piece, key, first, rows.interval)
-                else:
-                    piece = mask_row(piece, first_query - first, end_query - first)
-            if const_expr(self.has_softcap):
-                p, factors = capped_probabilities(piece, lse_log2, scalars.scale_log2())
-            else:
-                p = factors = probabilities(piece, lse_log2, scalars.scale_log2())
+            p, factors = weigh(piece, first, *mask, rows, problem.scalars)
             kept += factors
             tmem.store_columns(address + half * (PIECE // 2), packed(p, self.dtype))
         tmem.stored()
@@ -803,31 +758,6 @@ class BackwardSm100:
         tmem.stored()
         signal(barriers.ds_done)
         signal(barriers.dpsum_empty)
-
-    @cute.jit
-    def write(
-        self,
-        acc: Int32,
-        scale: Float32,
-        array: cute.Tensor,
-        key: Int32,
-        of_tile: tuple[Int32, Int32],
-        problem: Problem,
-    ):
-        """This thread's row of dk or dv, times `scale`, to `array` (rows, dim, head, batch)."""
-        batch, head = of_tile
-        row = array[cutlass.min(key, problem.seqlen_k - 1), None, head, batch]
-        words = cute.make_rmem_tensor(PIECE // 2, Int32)
-        rounded = cute.make_tensor(
-            cute.recast_ptr(words.iterator, dtype=self.dtype), cute.make_layout(PIECE)
-        )
-        for place in cutlass.range_constexpr(cute.size(row) // PIECE):
-            columns = tmem.load_columns(acc + place * PIECE, PIECE)
-            scaled = packed([column * scale for column in columns], self.dtype)
-            for i in cutlass.range_constexpr(PIECE // 2):
-                words[i] = scaled[i]
-            if key < problem.seqlen_k:
-                cute.autovec_copy(rounded, cute.local_tile(row, (PIECE,), (place,)))
 
     # Reduce ---------------------------------------------------------------------------------------
 
@@ -917,11 +847,4 @@ def place_in_ring(count: Int32, stages: int) -> tuple[Int32, Int32]:
     """(index, phase) of a ring's number `count`; it has one or two stages."""
     if stages == 1:
         return Int32(0), count & 1
-    return cute.arch.make_warp_uniform(count & 1), count >> 1 & 1
-
-
-def at(fragment: cute.Tensor, stage: Int32) -> cute.Tensor:
-    """The descriptors of one stage."""
-    if cute.size(fragment, mode=[3]) == 1:
-        return fragment[None, None, None, 0]
-    return fragment[None, None, None, stage]
+    return count & 1, count >> 1 & 1

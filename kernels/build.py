@@ -49,6 +49,7 @@ KERNELS = {
     (Kernel.backward, Arch.sm90a, Split.rows): "kernels.backward_sm90:BackwardSm90",
     (Kernel.backward, Arch.sm90a, Split.products): "kernels.backward_wide_sm90:BackwardWideSm90",
     (Kernel.backward, Arch.sm100a, Split.rows): "kernels.backward_sm100:BackwardSm100",
+    (Kernel.backward, Arch.sm100a, Split.passes): ("kernels.backward_wide_sm100:BackwardWideSm100"),
     **{
         (Kernel.backward_preprocess, arch, Split.rows): (
             "kernels.backward_preprocess:BackwardPreprocess"
