@@ -100,17 +100,16 @@ def test_incomplete_build_is_a_limitation(monkeypatch, tmp_path):
 
 
 def test_a_gpu_without_every_kernel_has_the_reference_only(monkeypatch, tmp_path):
-    """A B300 has compute capability 10.3, where sm_100a binaries don't run."""
+    """Forward kernels are there for compute capability 10.0; a gradient would find none."""
     write_library(tmp_path, kernels=[variant.name for variant in VARIANTS])
     monkeypatch.setattr(_ffi, "library_path", lambda: tmp_path / LIBRARY)
-    here = {"platform": "gpu", "compute_capability": "10.0, 10.3"}
+    here = {"platform": "gpu", "compute_capability": "9.0, 10.0"}
     monkeypatch.setattr(doctor, "devices", lambda: here)
     check = doctor.check_kernels()
     assert check.status == Status.limited
-    assert "machine's sm 10.3: reference only" in check.detail
-    for served in ("9.0", "10.0"):
-        here["compute_capability"] = served
-        assert doctor.check_kernels().status == Status.ok
+    assert "machine's sm 10.0: reference only" in check.detail
+    here["compute_capability"] = "9.0"
+    assert doctor.check_kernels().status == Status.ok
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")])

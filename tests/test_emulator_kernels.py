@@ -205,8 +205,7 @@ def cases_of(variant: Variant) -> dict[str, Case]:
     cases = cases_of_kind(variant)
     number = len(cases)
     if variant.arch is Arch.sm100a and variant.kernel is not Kernel.forward:
-        is_plain = variant.dtype is DType.bf16 and not variant.features
-        number = 4 if is_plain and variant.kernel is Kernel.backward else 1
+        number = 1 if variant.features else 4
     elif variant.dtype is DType.f16 and len(cases) > 2 * len(SCHEDULES):
         number = len(SCHEDULES)
     place, choices = VARIANTS.index(variant), len(cases) - number + 1

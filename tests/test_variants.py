@@ -29,7 +29,7 @@ from fa4_jax._variants import (
 )
 
 # Written down, so that a row lost or doubled by an edit of the table is seen.
-NUM_ROWS = 240
+NUM_ROWS = 198
 
 SIGNATURES = {(v.kernel, v.features): v.signature for v in VARIANTS}
 BACKWARD = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
@@ -117,7 +117,7 @@ def test_a_postprocess_reads_what_its_backward_left() -> None:
 
 def test_an_architecture_is_served_when_it_has_every_kernel(monkeypatch) -> None:
     """Arch-free keys are chosen when lowering: one that only one chip has fails on others."""
-    assert served_arches() == tuple(Arch)
+    assert served_arches() == (Arch.sm90a,)
     hopper = [v for v in VARIANTS if v.arch is Arch.sm90a]
     others = tuple(dataclasses.replace(v, arch=Arch.sm100a) for v in hopper)
     monkeypatch.setattr(_variants, "VARIANTS", (*hopper, *others))
@@ -127,12 +127,12 @@ def test_an_architecture_is_served_when_it_has_every_kernel(monkeypatch) -> None
 
 
 def test_a_kernel_is_whole_on_each_architecture() -> None:
-    keys = {
-        (v.kernel, v.arch): {w.key for w in VARIANTS if (w.kernel, w.arch) == (v.kernel, v.arch)}
-        for v in VARIANTS
-    }
-    for (kernel, _), held in keys.items():
-        assert held == keys[kernel, Arch.sm90a]
+    """In each dtype that it has there."""
+    held: dict[tuple[Kernel, Arch, DType], set[str]] = {}
+    for v in VARIANTS:
+        held.setdefault((v.kernel, v.arch, v.dtype), set()).add(v.key)
+    for (kernel, _, dtype), keys in held.items():
+        assert keys == held[kernel, Arch.sm90a, dtype]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -209,11 +209,10 @@ def test_support_table_lists_what_is_built(monkeypatch) -> None:
 
     pairs = "64, 96, 128, 192/128, 192, 256"
     assert cells(_variants.support_table()) == [
-        [target, capability, dtype, pairs, pairs]
-        for target, capability in (("sm_100a", "10.0"), ("sm_90a", "9.0"))
-        for dtype in ("bfloat16", "float16")
+        ["sm_90a", "9.0", "bfloat16", pairs, pairs],
+        ["sm_90a", "9.0", "float16", pairs, pairs],
     ]
     without = tuple(v for v in VARIANTS if (v.kernel, v.head_dim) != (Kernel.backward, 128))
     monkeypatch.setattr(_variants, "VARIANTS", without)
     rest = "64, 96, 192/128, 192, 256"
-    assert [row[4] for row in cells(_variants.support_table())] == [rest] * 4
+    assert [row[4] for row in cells(_variants.support_table())] == [rest, rest]
