@@ -35,7 +35,7 @@ from reference import (
 
 from fa4_jax import _primitives, _variants
 from fa4_jax._spec import AttentionSpec
-from fa4_jax._variants import VARIANTS, Arch, DType, Feature, Kernel, Variant, round_up
+from fa4_jax._variants import VARIANTS, Arch, DType, Feature, Kernel, Split, Variant, round_up
 
 SOFTCAP = (Feature.interval, Feature.softcap)
 SCHEDULES = ("late", "random:1", "random:2", "pct:3")
@@ -494,9 +494,15 @@ def workspaces(variant: Variant, case: Case, out, lse, dout, dlse) -> tuple[np.n
 WILD = np.array([-(2**31), 1 - 2**31, -(2**20), -65, -1, 0, 1, 64, 2**20, 2**31 - 64, 2**31 - 1])
 
 
-# One row for each head dim of q and set of features without a softcap.
+def place_of_bounds(variant: Variant) -> int | Split:
+    """What of a row decides how it takes bounds: of Blackwell's backwards, which kernel it is."""
+    is_backward = variant.kernel is Kernel.backward and variant.arch is Arch.sm100a
+    return variant.tiles.split if is_backward else variant.head_dim
+
+
+# One row for each head dim of q and set of features without a softcap, or each kernel of them.
 UNBOUNDED = {
-    (v.kernel, v.arch, v.features, v.head_dim): v
+    (v.kernel, v.arch, v.features, place_of_bounds(v)): v
     for v in reversed(VARIANTS)
     if Feature.interval in v.features and Feature.softcap not in v.features
 }
