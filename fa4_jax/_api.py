@@ -654,11 +654,12 @@ def _plan(
 
 def _as_arrays(options: _Options, q: Any, k: Any, v: Any, allow_shapes: bool = False) -> tuple:
     return tuple(
-        _as_array(options.name(n), x, allow_shapes) for n, x in (("q", q), ("k", k), ("v", v))
+        as_array(options.name(n), x, allow_shapes) for n, x in (("q", q), ("k", k), ("v", v))
     )
 
 
-def _as_array(name: str, x: Any, allow_shapes: bool = False) -> Any:
+def as_array(name: str, x: Any, allow_shapes: bool = False) -> Any:
+    """`x`, called `name` in errors, as JAX's array. Lists and numbers aren't taken for arrays."""
     if isinstance(x, jax.Array) or (allow_shapes and isinstance(x, jax.ShapeDtypeStruct)):
         return x
     is_numpy = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
@@ -838,7 +839,7 @@ class _Arrays:
     def _cu_seqlens(self, seqlen_q: int, seqlen_k: int) -> tuple[Any, Any]:
         if not self.options.is_packed:
             return None, None
-        cu_seqlens_q = _as_array("cu_seqlens_q", self.options.cu_seqlens_q, self.allow_shapes)
+        cu_seqlens_q = as_array("cu_seqlens_q", self.options.cu_seqlens_q, self.allow_shapes)
         if len(cu_seqlens_q.shape) != 1 or not cu_seqlens_q.shape[0]:
             expected = "shape (M + 1,) for M sequences"
             raise ValueError(message("cu_seqlens_q", f"shape {cu_seqlens_q.shape}", expected))
@@ -855,7 +856,7 @@ class _Arrays:
             value = _clip(np, value)
         if value is None:
             return None
-        x = self._integers(name, _as_array(name, value, self.allow_shapes), shape, has_batch)
+        x = self._integers(name, as_array(name, value, self.allow_shapes), shape, has_batch)
         return x if isinstance(x, jax.ShapeDtypeStruct) else _clip(jnp, x)
 
     def _integers(self, name: str, x: Any, shape: tuple, has_batch: bool) -> Any:
@@ -873,7 +874,7 @@ class _Arrays:
 
     def _array(self, name: str) -> Any:
         value = getattr(self.options, name)
-        return None if value is None else _as_array(name, value, self.allow_shapes)
+        return None if value is None else as_array(name, value, self.allow_shapes)
 
 
 def _clip(xp: Any, x: Any) -> Any:
