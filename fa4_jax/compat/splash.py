@@ -492,7 +492,8 @@ class SplashAttentionKernel:
             if of_heads.shape != (heads,):
                 raise ValueError(message("sinks", f"shape {of_heads.shape}", f"shape ({heads},)"))
             of_heads = of_heads[:, None]
-        return jax.vmap(one)(q, k, v, *self.bounds, of_heads)
+        kv_start, kv_end = self.bounds or (None, None)
+        return jax.vmap(one)(q, k, v, kv_start, kv_end, of_heads)
 
     def _check(self, q: Array, k: Array, v: Array) -> None:
         """That the mask is about these shapes; the rest is `_api`'s."""
