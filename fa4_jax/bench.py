@@ -31,7 +31,10 @@ what they cost over their share of the work is the ratio of TFLOP/s to the causa
 tokens.
 
 FLOPs, as the FlashAttention papers count them: forward 4 B N T S H, backward 2.5 times that, half
-when causal, and of a window or of packed sequences the same of what they keep.
+when causal, and of a window or of packed sequences the same of what they keep. Where v has a head
+dim V of its own: forward 2 (H + V), backward 6 H + 4 V, times B N T S.
+
+--preset has the shapes, windows and softcaps of real models instead: llama3-8b, gemma2-9b, ...
 
 Peers are imported where they are named: tokamax, and flash-attn-4, the official FlashAttention-4,
 which runs under PyTorch in this process, on the same arrays.
@@ -41,9 +44,10 @@ Nothing is timed unchecked: results must be finite and agree with the first impl
     python -m fa4_jax.bench --host
 
 What a call costs the host, beside a trivial FFI call through the same dispatch: JAX's own
-threefry2x32, which on a GPU is one FFI call with four operands and two results. A round enqueues
-calls on tiny arrays and waits when the clock has stopped, so that nothing but enqueueing is timed;
-a first call, of a shape not seen before, is traced, lowered, compiled, and waited for.
+threefry2x32, which on a GPU is one FFI call with four operands and two results. Both are jitted;
+the forward is called without jax.jit, too (eager). A round enqueues calls on tiny arrays and waits
+when the clock has stopped, so that nothing but enqueueing is timed; a first call, of a shape not
+seen before, is traced, lowered, compiled, and waited for.
 """
 
 from __future__ import annotations
@@ -68,7 +72,8 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 
-from fa4_jax import doctor
+from fa4_jax import _plots, doctor
+from fa4_jax._presets import PRESETS
 
 IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference", "tokamax", "flash-attn-4")
 # What --pass can name, and the programs it takes.
@@ -114,14 +119,34 @@ class Case:
     head_dim: int
     mask: str
     dtype: str = "bfloat16"
+    value_dim: int | None = None
+    """v's head dim; None is head_dim."""
+    window: int | None = None
+    """Keys that a query of mask "window" sees; None is `WINDOW`."""
+    softcap: float | None = None
+    model: str = ""
+    """The preset that it is of."""
 
     @property
     def name(self) -> str:
-        """For example `d128-s4096-b4-h16-causal`; `h16k4` has 4 key/value heads."""
+        """For example `d128-s4096-b4-h16-causal`; `h16k4` has 4 key/value heads, `d192v128` a head
+        dim of 128 for v."""
+        dims = f"d{self.head_dim}" + (f"v{self.value_dim}" if self.value_dim else "")
         heads = f"h{self.heads}" + (f"k{self.kv_heads}" if self.kv_heads != self.heads else "")
-        return (
-            f"d{self.head_dim}-s{self.seqlen}-b{self.batch}-{heads}-{self.mask}{DTYPES[self.dtype]}"
-        )
+        mask = self.mask + (f"{self.window}" if self.window else "")
+        cap = f"-cap{self.softcap:g}" if self.softcap else ""
+        shape = f"{dims}-s{self.seqlen}-b{self.batch}-{heads}-{mask}{cap}{DTYPES[self.dtype]}"
+        return f"{self.model}-{shape}" if self.model else shape
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Head dims of q and v."""
+        return self.head_dim, self.value_dim or self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """That a query of mask "window" sees."""
+        return self.window or WINDOW
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -135,25 +160,37 @@ class Case:
         """Of queries and keys, in all batch entries, half of them under a diagonal."""
         if self.mask == "packed":
             return sum(length**2 for length in self.lengths) / 2
-        hidden = max(0, self.seqlen - WINDOW) if self.mask == "window" else 0
+        hidden = max(0, self.seqlen - self.keys) if self.mask == "window" else 0
         seen = self.seqlen**2 - hidden**2
         return self.batch * seen / (1 if self.mask == "full" else 2)
 
     def flops(self, timed: str) -> float:
         """Floating-point operations of one call of a pass."""
-        passes = {"fwd": 1.0, "bwd": 2.5, "bwd_direct": 2.5, "fwd_bwd": 3.5}[timed]
-        return 4.0 * self.heads * self.pairs * self.head_dim * passes
+        dim, value_dim = self.dims
+        products = {"fwd": (1, 1), "bwd": (3, 2), "bwd_direct": (3, 2), "fwd_bwd": (4, 3)}[timed]
+        return 2.0 * self.heads * self.pairs * (products[0] * dim + products[1] * value_dim)
+
+    def bytes(self, timed: str) -> float:
+        """Of operands and results of one call of a pass, each once."""
+        dim, value_dim = self.dims
+        queries, keys = self.heads * (dim + value_dim), self.kv_heads * (dim + value_dim)
+        forward = (queries + keys) * jnp.dtype(self.dtype).itemsize + 4 * self.heads
+        backward = forward + (queries + keys) * jnp.dtype(self.dtype).itemsize
+        tokens = self.batch * self.seqlen
+        return tokens * {"fwd": forward, "fwd_bwd": forward + backward}.get(timed, backward)
 
     def inputs(self, seed: int) -> Arrays:
         """Random normal (q, k, v, dout); of packed sequences without a batch axis, and
         cu_seqlens."""
+        dim, value_dim = self.dims
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
+        dims = (dim, dim, value_dim, value_dim)
         keys = jax.random.split(jax.random.key(seed), len(heads))
         packed = self.mask == "packed"
         rows = (self.batch * self.seqlen,) if packed else (self.batch, self.seqlen)
         arrays = tuple(
-            jax.random.normal(key, (*rows, n, self.head_dim), self.dtype)
-            for key, n in zip(keys, heads, strict=True)
+            jax.random.normal(key, (*rows, n, dim), self.dtype)
+            for key, n, dim in zip(keys, heads, dims, strict=True)
         )
         if not packed:
             return arrays
@@ -205,6 +242,7 @@ class Measurement:
             "spread_milliseconds": self.spread if timed else None,
             "tflops": self.tflops if timed else None,
             "flops": self.case.flops(self.timed),
+            "bytes": self.case.bytes(self.timed),
             "difference": None if math.isnan(self.difference) else self.difference,
             "host_bound": self.milliseconds < 2 * dispatch_ms if timed else None,
             "rounds": len(self.samples),
@@ -242,16 +280,20 @@ class Program:
 class TorchProgram(Program):
     """A pass of flash-attn-4, by PyTorch's autograd."""
 
-    def __init__(self, timed: str, mask: str, input_sets: list[Arrays]):
-        if mask == "packed":
+    def __init__(self, timed: str, case: Case, input_sets: list[Arrays]):
+        if case.mask == "packed":
             raise NotImplementedError("packed sequences aren't timed with flash-attn-4")
         import torch  # pyright: ignore[reportMissingImports]
         from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
 
-        limits = {"window_size": (WINDOW - 1, 0)} if mask == "window" else {}
+        limits: dict[str, Any] = (
+            {"window_size": (case.keys - 1, 0)} if case.mask == "window" else {}
+        )
+        if case.softcap:
+            limits["softcap"] = case.softcap
 
         def attend(q, k, v):
-            out = flash_attn_func(q, k, v, causal=mask != "full", **limits)
+            out = flash_attn_func(q, k, v, causal=case.mask != "full", **limits)
             return out[0] if isinstance(out, tuple) else out
 
         def gradients(out, qkv, dout):
@@ -290,32 +332,38 @@ class TorchProgram(Program):
         return (time.perf_counter() - start) * 1e3 / calls
 
 
-def attention(implementation: str, mask: str) -> Attention:
+def attention(implementation: str, case: Case) -> Attention:
     """The `Attention` of an implementation."""
-    causal, window = mask != "full", (WINDOW - 1, 0) if mask == "window" else None
+    causal, packed = case.mask != "full", case.mask == "packed"
+    window = (case.keys - 1, 0) if case.mask == "window" else None
+    limits: dict[str, Any] = {}
     if implementation in ("fa4", "reference"):
         from fa4_jax import flash_attention, flash_attention_varlen
 
-        attend = flash_attention_varlen if mask == "packed" else flash_attention
-        limits = {"window_size": window} if window else {}
+        attend = flash_attention_varlen if packed else flash_attention
+        limits |= {"window_size": window} if window else {}
+        limits |= {"softcap": case.softcap} if case.softcap else {}
         return functools.partial(attend, causal=causal, implementation=implementation, **limits)
-    if mask == "packed":
+    if packed:
         raise NotImplementedError(f"{implementation} has no packed sequences")
-    limits = {"local_window_size": window} if window else {}
+    limits |= {"local_window_size": window} if window else {}
     if implementation == "tokamax":  # its own choice of tiles; on Hopper, Pallas for Mosaic GPU
         import tokamax  # pyright: ignore[reportMissingImports]
 
         attend, implementation = tokamax.dot_product_attention, "mosaic"
+        limits |= {"logits_soft_cap": case.softcap} if case.softcap else {}
+    elif case.softcap:
+        raise NotImplementedError(f"{implementation} has no softcap")
     else:
         attend: Any = jax.nn.dot_product_attention
     return functools.partial(attend, is_causal=causal, implementation=implementation, **limits)
 
 
-def build(timed: str, implementation: str, mask: str, input_sets: list[Arrays]) -> Program:
+def build(timed: str, implementation: str, case: Case, input_sets: list[Arrays]) -> Program:
     """The program of one pass (not of `bwd`, which is a difference)."""
     if implementation == "flash-attn-4":
-        return TorchProgram(timed, mask, input_sets)
-    attend = attention(implementation, mask)
+        return TorchProgram(timed, case, input_sets)
+    attend = attention(implementation, case)
 
     def forward(q, k, v, dout, *limits):
         return attend(q, k, v, *limits)
@@ -361,13 +409,21 @@ def subtract(both: Measurement, fwd: Measurement, bwd: Measurement) -> None:
 class Harness:
     """Options of a run, and its clock."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, bar: Any = None):
         self.options = options
+        self.bar = bar
         self.deadline = time.monotonic() + options.max_seconds
         # JAX hands an argument that is returned as it is back without running anything.
         tiny = Program(lambda q, k, v, dout: q + 1, [(jnp.zeros(1),) * 4])
         tiny()
         self.dispatch_ms = min(tiny.milliseconds(500) for _ in range(3))
+
+    def say(self, text: str) -> None:
+        """What is being done, beside the bar or on a line of its own."""
+        if self.bar is None:
+            progress(text)
+        else:
+            self.bar.set_postfix_str(text)
 
     @property
     def out_of_time(self) -> bool:
@@ -402,10 +458,10 @@ class Harness:
             measurement.reason = self.skip_reason(case, implementation)
             if measurement.reason:
                 continue
-            progress(f"{case.name}: preparing {implementation} {timed}")
+            self.say(f"{case.name}: preparing {implementation} {timed}")
             try:
                 input_sets = input_sets or [case.inputs(seed) for seed in range(sets)]
-                program = build(timed, implementation, case.mask, input_sets)
+                program = build(timed, implementation, case, input_sets)
                 results = program()
                 if timed == "fwd_bwd":
                     results = results[1]
@@ -429,7 +485,7 @@ class Harness:
         for i in range(self.options.rounds):
             if i >= 2 and self.out_of_time:
                 return
-            progress(f"{case.name}: round {i + 1} of {self.options.rounds}")
+            self.say(f"{case.name}: round {i + 1} of {self.options.rounds}")
             for measurement, program in running:
                 if measurement.reason:
                     continue
@@ -455,8 +511,8 @@ class Harness:
 
 
 def host_cost(attend: Attention, rounds: int) -> dict[str, dict[str, float]]:
-    """Host microseconds of a call, and seconds of a shape's first, of a forward and a trivial FFI
-    op: medians of interleaved rounds."""
+    """Host microseconds of a call, and seconds of a shape's first, of a trivial FFI op and of a
+    forward, jitted and eager: medians of interleaved rounds."""
 
     def queries(size: int) -> Arrays:
         return tuple(jnp.ones((1, size, 1, 128), jnp.bfloat16) for _ in range(3))
@@ -467,6 +523,7 @@ def host_cost(attend: Attention, rounds: int) -> dict[str, dict[str, float]]:
     programs = {
         "trivial": (jax.jit(jax.extend.random.threefry2x32_p.bind), words),
         "forward": (jax.jit(attend), queries),
+        "eager": (attend, queries),
     }
     calls = {name: [] for name in programs}
     firsts = {name: [] for name in programs}
@@ -560,47 +617,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def plot(rows: Sequence[dict[str, Any]], title: str, path: pathlib.Path) -> None:
-    """Bars of TFLOP/s: one panel per pass, one group of bars per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    passes = list(dict.fromkeys(row["pass"] for row in rows))
-    implementations = list(dict.fromkeys(row["implementation"] for row in rows))
-    figure, panels = pyplot.subplots(
-        len(passes),
-        1,
-        figsize=(max(6.0, 1.3 * len(names)), 2.8 * len(passes) + 1),
-        squeeze=False,
-        sharex=True,
-        layout="constrained",
-    )
-    width = 0.8 / len(implementations)
-    for axes, timed in zip(panels[:, 0], passes, strict=True):
-        for i, implementation in enumerate(implementations):
-            bars = [
-                (names.index(row["name"]) + (i - (len(implementations) - 1) / 2) * width, row)
-                for row in rows
-                if (row["pass"], row["implementation"]) == (timed, implementation)
-            ]
-            drawn = axes.bar(
-                [x for x, _ in bars],
-                [row["tflops"] or 0.0 for _, row in bars],
-                width,
-                label=implementation,
-            )
-            labels = [f"{row['tflops']:.3g}" if row["tflops"] else "" for _, row in bars]
-            axes.bar_label(drawn, labels, fontsize=7)
-        axes.set(ylabel=f"{timed}, TFLOP/s")
-        axes.margins(y=0.12)
-    panels[-1, 0].set_xticks(range(len(names)), names, rotation=30, ha="right")
-    panels[0, 0].legend(ncols=len(implementations))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def progress_bar(total: int) -> Any:
+    """tqdm's bar of cases, on a terminal where it is installed; else None."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=total, unit="case")
 
 
 def commit() -> str | None:
@@ -660,6 +685,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=positive, help="default: --tokens / seqlen")
     add("--tokens", type=positive, default=16384, help="batch * seqlen; default %(default)s")
     add("--cases", type=comma_list(str), help="patterns of case names, such as 'd128-*-causal'")
+    add("--preset", type=comma_list(str, PRESETS), default=[], help=f"of {', '.join(PRESETS)}")
     add("--list", action="store_true", help="print the names of the cases and exit")
     add("--host", action="store_true", help="only what a call of the first --impl costs the host")
     add("--rounds", type=positive, default=9, help="default %(default)s")
@@ -670,12 +696,20 @@ def parser() -> argparse.ArgumentParser:
     add("--xla-max-gib", type=float, default=12.0, help="skip xla above this; default %(default)s")
     add("--csv", type=pathlib.Path, metavar="FILE")
     add("--json", type=pathlib.Path, metavar="FILE")
-    add("--plot", type=pathlib.Path, metavar="FILE.png")
+    add("--plot", type=pathlib.Path, metavar="FILE.png", help="bars of TFLOP/s")
+    add("--roofline", type=pathlib.Path, metavar="FILE.png", help="TFLOP/s over FLOP per byte")
     return result
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """The product of the options, filtered by --cases."""
+    """Those of --preset, or the product of the other options, filtered by --cases."""
+
+    def chosen(case: Case) -> bool:
+        return not options.cases or any(fnmatch.fnmatch(case.name, p) for p in options.cases)
+
+    presets = [Case(**sizes, model=model) for model in options.preset for sizes in PRESETS[model]]
+    if presets:
+        return list(filter(chosen, presets))
     found = []
     for head_dim, seqlen, mask, dtype in itertools.product(
         options.head_dim, options.seqlen, options.mask, options.dtype
@@ -690,9 +724,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
             mask=mask,
             dtype=dtype,
         )
-        if not options.cases or any(fnmatch.fnmatch(case.name, p) for p in options.cases):
-            found.append(case)
-    return found
+        found.append(case)
+    return list(filter(chosen, found))
 
 
 def save(
@@ -726,23 +759,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if chosen else 1
     environment = {**doctor.versions(), **doctor.devices(), "commit": commit()}
     if options.host:
-        costs = host_cost(attention(options.impl[0], "causal"), options.rounds)
+        case = Case(batch=1, seqlen=64, heads=1, kv_heads=1, head_dim=128, mask="causal")
+        costs = host_cost(attention(options.impl[0], case), options.rounds)
         text, good = host_report(costs)
         print(", ".join(f"{key} {value}" for key, value in environment.items()), text, sep="\n")
         if options.json:
             report = {"environment": environment, "host": costs}
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         return 0 if good else 1
-    harness, rows = Harness(options), []
+    bar = progress_bar(len(chosen))
+    harness, rows = Harness(options, bar), []
     for case in chosen:
         rows += [m.row(harness.dispatch_ms) for m in harness.measure(case)]
         save(options, environment, harness.dispatch_ms, rows)
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
     progress("")
     print(", ".join(f"{key} {value}" for key, value in environment.items()))
     print(f"a trivial program takes {harness.dispatch_ms * 1e3:.0f} us to enqueue\n")
     print(table(rows))
-    if options.plot:
-        plot(rows, f"{environment['device']}, jax {environment['jax']}", options.plot)
+    title = f"{environment['device']}, jax {environment['jax']}"
+    for path, draw in ((options.plot, _plots.bars), (options.roofline, _plots.roofline)):
+        if path:
+            draw(rows, title, path)
     wrong = any(row["reason"].startswith("wrong result") for row in rows)
     return 0 if not wrong and any(row["tflops"] for row in rows) else 1
 

@@ -56,6 +56,49 @@ def test_flops_of_a_window_and_of_packed_sequences():
     assert sum(odd.lengths) == 1000 and min(odd.lengths) > 0
 
 
+def test_flops_and_bytes_where_v_has_its_own_head_dim():
+    sizes = dict(batch=1, seqlen=64, heads=4, kv_heads=2, mask="full")
+    case = bench.Case(**sizes, head_dim=192, value_dim=128)
+    assert case.name == "d192v128-s64-b1-h4k2-full"
+    # q k^T and p v; backward q k^T again, dq, dk; dp and dv.
+    assert case.flops("fwd") == 2 * 4 * 64**2 * (192 + 128)
+    assert case.flops("bwd") == 2 * 4 * 64**2 * (3 * 192 + 2 * 128)
+    assert case.flops("fwd_bwd") == case.flops("fwd") + case.flops("bwd")
+    q, k, v, dout = case.inputs(0)
+    assert (q.shape[-1], k.shape[-1], v.shape[-1], dout.shape[-1]) == (192, 192, 128, 128)
+    lse = 4 * 4 * 64
+    assert case.bytes("fwd") == sum(x.nbytes for x in (q, k, v, dout)) + lse
+    assert case.bytes("bwd") == 2 * sum(x.nbytes for x in (q, k, v, dout)) + lse
+
+
+def test_presets_are_models(capsys):
+    assert bench.main(["--list", "--preset", ",".join(bench.PRESETS)]) == 0
+    names = capsys.readouterr().out.split()
+    assert "gemma2-9b-d256-s8192-b2-h16k8-window4096-cap50" in names
+    assert "deepseek-v3-d192v128-s4096-b1-h128-causal" in names
+    assert len(names) == len(set(names)) == 8
+    assert bench.main(["--list", "--preset", "gemma2-9b", "--cases", "*-causal-*"]) == 0
+    assert capsys.readouterr().out.split() == ["gemma2-9b-d256-s8192-b2-h16k8-causal-cap50"]
+
+
+def test_a_preset_is_timed(tmp_path, monkeypatch):
+    """With its softcap and window, which XLA's function lacks, and its dims."""
+    small = {"batch": 1, "seqlen": 48, "heads": 2, "kv_heads": 1, "head_dim": 16}
+    limits = {"value_dim": 8, "mask": "window", "window": 16, "softcap": 2.0}
+    monkeypatch.setitem(bench.PRESETS, "llama3-8b", ({**small, **limits},))
+    status, rows = run(tmp_path, "--preset llama3-8b --impl reference,xla --pass fwd")
+    assert status == 0
+    assert rows["fwd", "reference"]["model"] == "llama3-8b"
+    assert rows["fwd", "reference"]["tflops"] > 0
+    assert "no softcap" in rows["fwd", "xla"]["reason"]
+    plain, capped = (
+        bench.attention("reference", bench.Case(**small, mask="window", window=16, softcap=cap))
+        for cap in (None, 2.0)
+    )
+    q, k, v, _ = bench.Case(**small, mask="full").inputs(0)
+    assert bench.relative_difference(plain(q, k, v), capped(q, k, v)) > 1e-2
+
+
 def test_packed_sequences_and_windows_are_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "WINDOW", 24)
     status, rows = run(tmp_path, "--impl reference,xla --mask window --pass fwd,bwd_direct")
@@ -79,10 +122,9 @@ def test_default_cases_keep_the_number_of_tokens(capsys):
 
 
 def test_report_is_consistent(tmp_path, capsys):
-    csv_path, plot_path = tmp_path / "bench.csv", tmp_path / "bench.png"
-    status, rows = run(
-        tmp_path, f"--impl xla,reference --mask causal --csv {csv_path} --plot {plot_path}"
-    )
+    csv_path, plots = tmp_path / "bench.csv", [tmp_path / "bars.png", tmp_path / "roofline.png"]
+    saved = f"--csv {csv_path} --plot {plots[0]} --roofline {plots[1]}"
+    status, rows = run(tmp_path, f"--impl xla,reference --mask causal {saved}")
     assert status == 0
     passes = ("fwd", "bwd", "bwd_direct", "fwd_bwd")
     assert set(rows) == {(p, i) for p in passes for i in ("xla", "reference")}
@@ -98,7 +140,8 @@ def test_report_is_consistent(tmp_path, capsys):
     assert 0 < rows["fwd_bwd", "reference"]["difference"] < bench.MAX_DIFFERENCE
     with csv_path.open(newline="") as file:
         assert {(r["pass"], r["implementation"]) for r in csv.DictReader(file)} == set(rows)
-    assert plot_path.read_bytes().startswith(b"\x89PNG")
+    for plot in plots:
+        assert plot.read_bytes().startswith(b"\x89PNG")
     assert "d64-s64-b2-h4k2-causal" in capsys.readouterr().out
 
 
@@ -133,8 +176,8 @@ def test_a_failing_implementation_is_reported(tmp_path):
 def test_wrong_results_are_not_timed(tmp_path, monkeypatch, factor):
     right = bench.attention
 
-    def attention(implementation, mask):
-        attend = right(implementation, mask)
+    def attention(implementation, case):
+        attend = right(implementation, case)
         scale = factor if implementation == "reference" else 1
         return lambda q, k, v: scale * attend(q, k, v)
 
@@ -150,8 +193,8 @@ def test_wrong_results_are_not_timed(tmp_path, monkeypatch, factor):
 def test_a_first_implementation_of_nans_is_wrong_and_no_measure_for_others(tmp_path, monkeypatch):
     right = bench.attention
 
-    def attention(implementation, mask):
-        attend = right(implementation, mask)
+    def attention(implementation, case):
+        attend = right(implementation, case)
         return (lambda q, k, v: q * float("nan")) if implementation == "xla" else attend
 
     monkeypatch.setattr(bench, "attention", attention)
@@ -199,7 +242,7 @@ def test_backward_is_the_difference_and_rounds_are_interleaved(tmp_path, monkeyp
     }
     FakeProgram.order = []
 
-    def build(timed, implementation, mask, input_sets):
+    def build(timed, implementation, case, input_sets):
         return FakeProgram((timed, implementation), list(times[timed]))
 
     monkeypatch.setattr(bench, "build", build)
@@ -243,9 +286,9 @@ def test_bad_options_are_refused(capsys):
 
 def test_what_a_call_costs_the_host(tmp_path, capsys):
     path = tmp_path / "host.json"
-    bench.main(["--host", "--impl", "xla", "--rounds", "3", "--json", str(path)])
+    bench.main(["--host", "--impl", "xla", "--rounds", "1", "--json", str(path)])
     costs = json.loads(path.read_text())["host"]
-    assert set(costs) == {"trivial", "forward"}
+    assert set(costs) == {"trivial", "forward", "eager"}
     # Compiling takes longer than calling what was compiled.
     assert all(c["first_seconds"] * 1e6 > 3 * c["microseconds"] > 0 for c in costs.values())
     assert "us more (limit 10)" in capsys.readouterr().out
