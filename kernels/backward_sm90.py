@@ -38,6 +38,10 @@ more waits. So a warpgroup can't compute beside its own products, only beside th
 one issues its scores and dp, and its dq and dk, before the second may (`wait_for_first`). In step,
 as they leave the barrier of dS, both would compute while the tensor cores idle: 4 % more cycles
 (d=128), 3 % (d=64).
+
+MMAs of 64 columns with both operands in shared memory take all of its bandwidth, and everything
+else waits. So where registers are left, dp's MMAs take the first columns of v from them
+(`Tiles.v_columns`): d=128, 48 columns, 3 %.
 """
 
 import functools
@@ -46,7 +50,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
@@ -84,6 +88,7 @@ from kernels.common.mask import Band, accumulator_coordinates
 from kernels.common.mma_sm90 import (
     as_a_operand,
     issue_gemm,
+    issue_mixed_gemm,
     make_accumulator,
     rows_and_columns,
     stage,
@@ -147,10 +152,11 @@ class Smem(NamedTuple):
 
 
 class Mma(NamedTuple):
-    """scores: k q^T and v dout^T; dk, dv: register operand times q, dout; dq: dS^T k; dq_slab: its
-    store."""
+    """scores: k q^T and v dout^T; dp: the latter, v in registers; dk, dv: register operand times q,
+    dout; dq: dS^T k; dq_slab: its store."""
 
     scores: cute.TiledMma
+    dp: cute.TiledMma
     dk: cute.TiledMma
     dv: cute.TiledMma
     dq: cute.TiledMma
@@ -177,9 +183,11 @@ class BackwardSm90:
         self.stored_together = (everybody,) if self.is_deterministic else tuple(zip(everybody))
         # dq is tile_m x head_dim: warpgroups split its rows if there are enough, else its columns.
         self.dq_atoms = (self.tile_m // DQ_SLAB, self.head_dim // DQ_SLAB, 1)
+        self.v_columns = variant.tiles.v_columns
         self.k_stages, self.v_stages = variant.tiles.k_stages, variant.tiles.v_stages
         assert self.warpgroups == 2, "the second one's products follow the first's"
         assert self.tile_n == 64 * self.warpgroups, "a warpgroup owns 64 keys"
+        assert self.v_columns % 16 == 0, "an MMA multiplies 16"
         assert self.stages >= 2, "dS, too, is written before the last one has been read"
         assert self.dq_atoms[0] * self.dq_atoms[1] == self.warpgroups, (
             "a warpgroup computes one dq slab"
@@ -291,6 +299,7 @@ class BackwardSm90:
         make = functools.partial(sm90.make_trivial_tiled_mma, self.dtype, self.dtype)
         return Mma(
             scores=make(k_major, k_major, Float32, by_keys, (64, self.tile_m)),
+            dp=make(k_major, k_major, Float32, by_keys, (64, self.tile_m), registers),
             dk=make(k_major, mn_major, Float32, by_keys, (64, self.head_dim), registers),
             dv=make(k_major, mn_major, Float32, by_keys, (64, self.head_dim_v), registers),
             dq=make(mn_major, mn_major, Float32, self.dq_atoms, (64, DQ_SLAB)),
@@ -428,6 +437,10 @@ class BackwardSm90:
                 dv.fill(0.0)
                 k_tile, v_tile = resident(f_k, k_stage), resident(f_v, v_stage)
                 k_t_tile = resident(f_k_t, k_stage)
+                v_registers = ()
+                if const_expr(self.v_columns > 0):
+                    dout_consumer.wait()  # v comes with it
+                    v_registers = self.read_v(mma, s_v[None, None, v_stage], thread)
                 for _ in cutlass.range(problem.group, unroll=1):
                     for first, end, masked in blocks.segments(blocks.end):
                         for m in cutlass.range(first, end, unroll=1):
@@ -439,7 +452,7 @@ class BackwardSm90:
                             issue_gemm(mma.scores, scores, k_tile, f_q_m, zero=True)
                             dout_slot = dout_consumer.wait_and_advance()
                             f_dout_m = stage(f_dout, dout_slot)
-                            issue_gemm(mma.scores, dp, v_tile, f_dout_m, zero=True)
+                            self.issue_dp(mma, dp, (v_registers, v_tile), f_dout_m)
                             self.let_second(group, SCORES_ISSUED)
                             # Of the visit before: its fence waits for stores that queue behind the
                             # MMAs' reads, so better here than before these MMAs.
@@ -506,6 +519,26 @@ class BackwardSm90:
                 following_tile = key_tile(problem, tile_mn, cutlass.min(following, last - 1))
             ticket, tile = following, following_tile
         self.announce_dq(group)
+
+    @cute.jit
+    def read_v(self, mma: Mma, s_v: cute.Tensor, thread: Int32) -> cute.Tensor:
+        """The first `v_columns` of a key tile's v as dp's register operand."""
+        shape = mma.dp.get_slice(0).partition_shape_A((self.tile_n, self.v_columns))
+        v = cute.make_rmem_tensor(shape, self.dtype)
+        matrices = warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4)
+        copy = cute.make_tiled_copy_A(cute.make_copy_atom(matrices, self.dtype), mma.dp)
+        source, target = copy.get_slice(thread).partition_S(s_v), copy.retile(v)
+        for k in cutlass.range_constexpr(self.v_columns // 16):
+            cute.copy(copy, source[None, None, k], target[None, None, k])
+        return v
+
+    @cute.jit
+    def issue_dp(self, mma: Mma, dp: cute.Tensor, v: tuple, dout: cute.Tensor):
+        """dp = v dout^T, of v (in registers, in shared memory)."""
+        if const_expr(self.v_columns > 0):
+            issue_mixed_gemm((mma.scores, mma.dp), dp, *v, dout)
+        else:
+            issue_gemm(mma.scores, dp, v[1], dout, zero=True)
 
     @cute.jit
     def wait_for_first(self, group: Int32, barrier_id: cutlass.Constexpr):
