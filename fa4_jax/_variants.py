@@ -333,7 +333,7 @@ class Tiles:
     """Backward: with two, the next key tile's v is loaded before this one's last dp."""
     v_columns: int = 0
     """Backward of Hopper whose warpgroups divide keys: how many columns of v they keep in registers
-    for a key tile, as dp's operand. Shared memory is what bounds it."""
+    for a key tile, as dp's operand."""
     dout_stages: int = 0
     """Backward of Blackwell; `stages` are q's."""
     dq_stages: int = 0

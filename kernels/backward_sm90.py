@@ -50,7 +50,7 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Float32, Int32, const_expr, cute, pipeline
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 from cutlass.memory import SmemAllocator
 from cutlass.tensor_utils import LayoutEnum
 from cutlass.utils import hopper_helpers as sm90
@@ -90,6 +90,7 @@ from kernels.common.mma_sm90 import (
     issue_gemm,
     issue_mixed_gemm,
     make_accumulator,
+    read_columns,
     rows_and_columns,
     stage,
     to_16_bit,
@@ -437,10 +438,10 @@ class BackwardSm90:
                 dv.fill(0.0)
                 k_tile, v_tile = resident(f_k, k_stage), resident(f_v, v_stage)
                 k_t_tile = resident(f_k_t, k_stage)
-                v_registers = ()
                 if const_expr(self.v_columns > 0):
                     dout_consumer.wait()  # v comes with it
-                    v_registers = self.read_v(mma, s_v[None, None, v_stage], thread)
+                v_first = s_v[None, None, v_stage]
+                v_first = read_columns(mma.dp, v_first, thread, self.v_columns)
                 for _ in cutlass.range(problem.group, unroll=1):
                     for first, end, masked in blocks.segments(blocks.end):
                         for m in cutlass.range(first, end, unroll=1):
@@ -452,7 +453,7 @@ class BackwardSm90:
                             issue_gemm(mma.scores, scores, k_tile, f_q_m, zero=True)
                             dout_slot = dout_consumer.wait_and_advance()
                             f_dout_m = stage(f_dout, dout_slot)
-                            self.issue_dp(mma, dp, (v_registers, v_tile), f_dout_m)
+                            issue_mixed_gemm((mma.scores, mma.dp), dp, (v_first, v_tile), f_dout_m)
                             self.let_second(group, SCORES_ISSUED)
                             # Of the visit before: its fence waits for stores that queue behind the
                             # MMAs' reads, so better here than before these MMAs.
@@ -519,26 +520,6 @@ class BackwardSm90:
                 following_tile = key_tile(problem, tile_mn, cutlass.min(following, last - 1))
             ticket, tile = following, following_tile
         self.announce_dq(group)
-
-    @cute.jit
-    def read_v(self, mma: Mma, s_v: cute.Tensor, thread: Int32) -> cute.Tensor:
-        """The first `v_columns` of a key tile's v as dp's register operand."""
-        shape = mma.dp.get_slice(0).partition_shape_A((self.tile_n, self.v_columns))
-        v = cute.make_rmem_tensor(shape, self.dtype)
-        matrices = warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4)
-        copy = cute.make_tiled_copy_A(cute.make_copy_atom(matrices, self.dtype), mma.dp)
-        source, target = copy.get_slice(thread).partition_S(s_v), copy.retile(v)
-        for k in cutlass.range_constexpr(self.v_columns // 16):
-            cute.copy(copy, source[None, None, k], target[None, None, k])
-        return v
-
-    @cute.jit
-    def issue_dp(self, mma: Mma, dp: cute.Tensor, v: tuple, dout: cute.Tensor):
-        """dp = v dout^T, of v (in registers, in shared memory)."""
-        if const_expr(self.v_columns > 0):
-            issue_mixed_gemm((mma.scores, mma.dp), dp, *v, dout)
-        else:
-            issue_gemm(mma.scores, dp, v[1], dout, zero=True)
 
     @cute.jit
     def wait_for_first(self, group: Int32, barrier_id: cutlass.Constexpr):

@@ -11,8 +11,8 @@ so a row lives in four adjacent lanes.
 """
 
 import cutlass
-from cutlass import Float32, Int32, cute
-from cutlass.cute.nvgpu import warpgroup
+from cutlass import Float32, Int32, const_expr, cute
+from cutlass.cute.nvgpu import warp, warpgroup
 
 from kernels.common.fast_math import round_pair
 
@@ -45,24 +45,49 @@ def issue_gemm(
 def issue_mixed_gemm(
     mmas: tuple[cute.TiledMma, cute.TiledMma],
     acc: cute.Tensor,
-    registers: cute.Tensor,
-    a: cute.Tensor,
+    a: tuple[cute.Tensor | tuple[()], cute.Tensor],
     b: cute.Tensor,
 ):
-    """`issue_gemm` of acc = a b, `mmas` with A (in shared memory, in registers): the first steps
-    take a's elements from `registers`. First, because the last ones leave shared memory no gap:
-    behind them 1.3 % slower, one after the other 0.4 % (backward, d=128)."""
+    """`issue_gemm` of acc = a b, `mmas` with A (in shared memory, in registers); a is (its first
+    columns as `read_columns` gives them, all of it in shared memory).
+
+    The first ones, because MMAs of 64 columns that read both operands from shared memory leave it
+    no gap: behind them 1.3 % slower, in turns 0.4 % (backward, d=128).
+    """
+    registers, shared = a
     in_shared, in_registers = (cute.make_mma_atom(mma.op) for mma in mmas)
+    kept = 0
+    if const_expr(registers != ()):
+        kept = cute.size(registers, mode=[2])
+    in_shared.set(warpgroup.Field.ACCUMULATE, kept > 0)
     in_registers.set(warpgroup.Field.ACCUMULATE, False)
-    in_shared.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.fence()
-    kept = cute.size(registers, mode=[2])
     for k in cutlass.range_constexpr(kept):
         cute.gemm(in_registers, acc, registers[None, None, k], b[None, None, k], acc)
         in_registers.set(warpgroup.Field.ACCUMULATE, True)
-    for k in cutlass.range_constexpr(kept, cute.size(a.shape[2])):
-        cute.gemm(in_shared, acc, a[None, None, k], b[None, None, k], acc)
+    for k in cutlass.range_constexpr(kept, cute.size(shared.shape[2])):
+        cute.gemm(in_shared, acc, shared[None, None, k], b[None, None, k], acc)
+        in_shared.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
+
+
+@cute.jit
+def read_columns(
+    tiled_mma: cute.TiledMma, smem: cute.Tensor, thread: Int32, columns: cutlass.Constexpr
+) -> cute.Tensor | tuple[()]:
+    """The first `columns` of a (rows, columns) tile in shared memory, which may be none, as an
+    operand A in registers."""
+    operand = ()
+    if const_expr(columns > 0):
+        dtype, rows = smem.element_type, cute.size(smem, mode=[0])
+        shape = tiled_mma.get_slice(0).partition_shape_A((rows, columns))
+        operand = cute.make_rmem_tensor(shape, dtype)
+        matrices = warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4)
+        copy = cute.make_tiled_copy_A(cute.make_copy_atom(matrices, dtype), tiled_mma)
+        source, target = copy.get_slice(thread).partition_S(smem), copy.retile(operand)
+        for k in cutlass.range_constexpr(cute.size(operand, mode=[2])):
+            cute.copy(copy, source[None, None, k], target[None, None, k])
+    return operand
 
 
 def stage(fragment: cute.Tensor, slot) -> cute.Tensor:
