@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from fa4_jax import _autodiff, _intervals, _primitives, _reference, _variants
+from fa4_jax import _autodiff, _dispatch, _intervals, _variants
 from fa4_jax._autodiff import OneCall
 from fa4_jax._intervals import Limits
 from fa4_jax._reference import Extras
@@ -39,13 +39,6 @@ from fa4_jax._variants import Kernel
 KERNELS = "fa4"
 REFERENCE = "reference"
 IMPLEMENTATIONS = (None, KERNELS, REFERENCE)
-
-
-class Support(NamedTuple):
-    """Whether the FA4 kernels can serve a call here, and if not, every reason."""
-
-    ok: bool
-    reasons: tuple[str, ...] = ()
 
 
 class SharedOptions(TypedDict, total=False):
@@ -417,61 +410,6 @@ def dot_product_attention(  # noqa: PLR0913 - jax.nn's signature, then ours
     return out, jax.lax.stop_gradient(jnp.swapaxes(lse, -1, -2).astype(out.dtype))
 
 
-def is_supported(q: Any, k: Any, v: Any, **options: Unpack[AllFlashOptions]) -> Support:
-    """Whether `flash_attention(q, k, v, **options, implementation="fa4")` would run in this
-    process.
-
-    Args:
-      q, k, v: as in `flash_attention`; `jax.ShapeDtypeStruct`s will do.
-      **options: as in `flash_attention`. `implementation` is ignored.
-
-    Returns:
-      `Support(ok, reasons)`: the reasons name what the kernels lack for this call, then what this
-      process lacks (a CUDA device, its architecture, the library).
-
-    Raises:
-      TypeError, ValueError: the call is malformed, so it is a mistake rather than unsupported.
-    """
-    plan, reasons = _plan_or_reasons(q, k, v, options)
-    reasons += plan.reasons if plan else ()
-    reasons += _process_reasons()
-    return Support(not reasons, reasons)
-
-
-def explain(q: Any, k: Any, v: Any, **options: Unpack[AllFlashOptions]) -> str:
-    """What `flash_attention(q, k, v, **options)` would run in this process, and why.
-
-    Takes what `is_supported` takes; `implementation` counts.
-    """
-    plan, refusals = _plan_or_reasons(q, k, v, options)
-    if plan is None:
-        return f"raises NotImplementedError: {'; '.join(refusals)}"
-    if plan.implementation == REFERENCE:
-        return 'reference: implementation="reference"'
-    reasons = plan.reasons + _process_reasons()
-    if not reasons:
-        forward = _kernels_text((Kernel.forward,), plan)
-        return f"fa4: {forward}; gradient: {_kernels_text(_primitives.BACKWARD_KERNELS, plan)}"
-    if plan.implementation == KERNELS:
-        return f"raises NotImplementedError: {'; '.join(reasons)}"
-    return f"reference: {'; '.join(reasons)}"
-
-
-def _kernels_text(kernels: tuple[Kernel, ...], plan: Plan) -> str:
-    """The kernels' names and what is padded for them, or why there are none."""
-    head_dims = plan.q.shape[-1], plan.v.shape[-1]
-    missing = _primitives.missing_kernels(kernels, plan.q.dtype, head_dims)
-    if missing:
-        return ", ".join(missing)
-    padded = _primitives.padded_head_dims(kernels, plan.q.dtype, head_dims)
-    features = _primitives.features(plan.spec, any(x is not None for x in plan.limits))
-    names = ", ".join(_primitives.kernel_names(kernels, plan.q.dtype, padded, features))
-    if padded == head_dims:
-        return names
-    got, row = map(_primitives.head_dims_text, (head_dims, padded))
-    return f"{names} (head_dim {got} zero-padded to {row})"
-
-
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What `jax.export.export(..., disabled_checks=...)` needs to let our custom calls through.
 
@@ -525,8 +463,6 @@ _JAX_NN_NAMES = {
     "return_lse": "return_residual",
 }
 
-_Operand = Array | jax.ShapeDtypeStruct
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -558,14 +494,18 @@ class Plan:
     def use_kernels(self) -> bool:
         """Whether the primitives run rather than the reference. A reason against it is an error or
         a warning."""
+        if self.implementation == REFERENCE:
+            _dispatch.tell('reference: implementation="reference"')
+            return False
         if self.reasons and self.implementation == KERNELS:
             raise NotImplementedError(
                 f'fa4_jax: implementation="fa4" can\'t run this call: {"; ".join(self.reasons)}; '
                 "use implementation=None, which falls back to the reference"
             )
-        if self.reasons and self.implementation is None:
-            _reference.warn_fallback(self.reasons)
-        return self.implementation != REFERENCE and not self.reasons
+        if self.reasons:
+            _dispatch.tell(f"reference: {'; '.join(self.reasons)}")
+            _dispatch.fall_back(self.reasons)
+        return not self.reasons
 
     def folded_scale(self) -> tuple[Array, AttentionSpec]:
         """q and the spec that kernels take, whose scale is > 0: a sign goes into q, exactly, and
@@ -588,29 +528,11 @@ def check(q: Any, k: Any, v: Any, **options: Any) -> Plan:
     return _plan(_as_arrays(parsed, q, k, v), parsed)
 
 
-def _plan_or_reasons(
-    q: Any, k: Any, v: Any, options: Mapping[str, Any]
-) -> tuple[Plan | None, tuple[str, ...]]:
-    parsed = _Options(**options)
-    try:
-        return _plan(_as_arrays(parsed, q, k, v, allow_shapes=True), parsed, allow_shapes=True), ()
-    except NotImplementedError as error:
-        return None, (str(error).removeprefix("fa4_jax: "),)
-
-
-def _process_reasons() -> tuple[str, ...]:
-    if jax.default_backend() != "gpu":
-        return (f"the default backend is {jax.default_backend()!r}, and the kernels are CUDA's",)
-    return _primitives.device_reasons() or _primitives.library_reasons()
-
-
-def _plan(
-    operands: tuple[_Operand, _Operand, _Operand], options: _Options, allow_shapes: bool = False
-) -> Plan:
+def _plan(operands: tuple[Array, Array, Array], options: _Options) -> Plan:
     """Check everything, once."""
     _check_operands(options, *operands)
     has_batch = len(operands[0].shape) == 4
-    q, k, v = operands if has_batch else (_add_batch(x) for x in operands)
+    q, k, v = operands if has_batch else (x[None] for x in operands)
     one_of(options.implementation, IMPLEMENTATIONS, "implementation")
     one_of(options.causal_alignment, (TOP_LEFT, BOTTOM_RIGHT), "causal_alignment")
     causal = static_flag(options.causal, options.name("causal"))
@@ -630,8 +552,9 @@ def _plan(
         deterministic=static_flag(options.deterministic, "deterministic"),
         require_kernel=options.implementation == KERNELS,
     )
-    arrays = _Arrays(options, q, k, has_batch, allow_shapes)
-    reasons = _primitives.missing_kernels((Kernel.forward,), q.dtype, (q.shape[-1], v.shape[-1]))
+    arrays = _Arrays(options, q, k, has_batch)
+    head_dims = q.shape[-1], v.shape[-1]
+    reasons = _dispatch.missing_kernels(_dispatch.FORWARD_KERNELS, q.dtype, head_dims)
     reasons += tuple(
         f"{name} isn't in the kernels yet"
         for name in ("bias", "mask")
@@ -652,15 +575,15 @@ def _plan(
     )
 
 
-def _as_arrays(options: _Options, q: Any, k: Any, v: Any, allow_shapes: bool = False) -> tuple:
-    return tuple(
-        as_array(options.name(n), x, allow_shapes) for n, x in (("q", q), ("k", k), ("v", v))
-    )
+def _as_arrays(options: _Options, q: Any, k: Any, v: Any) -> tuple[Array, Array, Array]:
+    names = map(options.name, "qkv")
+    q, k, v = map(as_array, names, (q, k, v))
+    return q, k, v
 
 
-def as_array(name: str, x: Any, allow_shapes: bool = False) -> Any:
+def as_array(name: str, x: Any) -> Array:
     """`x`, called `name` in errors, as JAX's array. Lists and numbers aren't taken for arrays."""
-    if isinstance(x, jax.Array) or (allow_shapes and isinstance(x, jax.ShapeDtypeStruct)):
+    if isinstance(x, jax.Array):
         return x
     is_numpy = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
     if not (is_numpy or hasattr(x, "__jax_array__")):
@@ -670,13 +593,7 @@ def as_array(name: str, x: Any, allow_shapes: bool = False) -> Any:
     return jnp.asarray(x)
 
 
-def _add_batch(x: _Operand) -> _Operand:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((1, *x.shape), x.dtype)
-    return x[None]
-
-
-def _check_operands(options: _Options, q: _Operand, k: _Operand, v: _Operand) -> None:
+def _check_operands(options: _Options, q: Array, k: Array, v: Array) -> None:
     """dtypes, ranks and shapes of q, k, v, before anything is done with them."""
     names = tuple(map(options.name, "qkv"))
     for name, x in zip(names, (q, k, v), strict=True):
@@ -759,10 +676,9 @@ class _Arrays:
     """Checks the arrays of a call beside q, k and v, and brings them into one form."""
 
     options: _Options
-    q: _Operand
-    k: _Operand
+    q: Array
+    k: Array
     has_batch: bool
-    allow_shapes: bool
 
     def limits(self) -> Limits:
         """What says, with values, which keys a query may see."""
@@ -791,7 +707,7 @@ class _Arrays:
         if not jnp.issubdtype(x.dtype, kind):
             raise TypeError(message(name, f"dtype {x.dtype}", kind_name))
         if len(x.shape) < 4:
-            x = _reshape(x, (*(1,) * (4 - len(x.shape)), *x.shape))
+            x = x.reshape(*(1,) * (4 - len(x.shape)), *x.shape)
         batch, seqlen_q, heads, _ = self.q.shape
         full = (batch, heads, seqlen_q, self.k.shape[1])
         if len(x.shape) != 4 or any(a not in (1, b) for a, b in zip(x.shape, full, strict=True)):
@@ -839,7 +755,7 @@ class _Arrays:
     def _cu_seqlens(self, seqlen_q: int, seqlen_k: int) -> tuple[Any, Any]:
         if not self.options.is_packed:
             return None, None
-        cu_seqlens_q = as_array("cu_seqlens_q", self.options.cu_seqlens_q, self.allow_shapes)
+        cu_seqlens_q = as_array("cu_seqlens_q", self.options.cu_seqlens_q)
         if len(cu_seqlens_q.shape) != 1 or not cu_seqlens_q.shape[0]:
             expected = "shape (M + 1,) for M sequences"
             raise ValueError(message("cu_seqlens_q", f"shape {cu_seqlens_q.shape}", expected))
@@ -856,8 +772,8 @@ class _Arrays:
             value = _clip(np, value)
         if value is None:
             return None
-        x = self._integers(name, as_array(name, value, self.allow_shapes), shape, has_batch)
-        return x if isinstance(x, jax.ShapeDtypeStruct) else _clip(jnp, x)
+        x = self._integers(name, as_array(name, value), shape, has_batch)
+        return _clip(jnp, x)
 
     def _integers(self, name: str, x: Any, shape: tuple, has_batch: bool) -> Any:
         """`x`, checked and with a batch axis; `shape` has one, whether the call's arrays do or
@@ -866,7 +782,7 @@ class _Arrays:
             raise TypeError(message(name, f"dtype {x.dtype}", "an integer dtype"))
         expected = shape if has_batch else shape[1:]
         self._check_shape(name, x, expected, f"{expected}")
-        return _reshape(x, shape)
+        return x.reshape(shape)
 
     def _check_shape(self, name: str, x: Any, shape: tuple, expected: str) -> None:
         if x.shape != shape:
@@ -874,7 +790,7 @@ class _Arrays:
 
     def _array(self, name: str) -> Any:
         value = getattr(self.options, name)
-        return None if value is None else as_array(name, value, self.allow_shapes)
+        return None if value is None else as_array(name, value)
 
 
 def _clip(xp: Any, x: Any) -> Any:
@@ -882,9 +798,3 @@ def _clip(xp: Any, x: Any) -> Any:
     around."""
     bound = min(np.iinfo(np.int32).max, np.iinfo(x.dtype).max)
     return xp.clip(x, 0, bound).astype(np.int32)
-
-
-def _reshape(x: _Operand, shape: tuple) -> _Operand:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(shape, x.dtype)
-    return x.reshape(shape)

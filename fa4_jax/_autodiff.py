@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from fa4_jax import _primitives, _reference
+from fa4_jax import _dispatch, _primitives, _reference
 from fa4_jax._reference import NO_EXTRAS, Extras
 from fa4_jax._sharding import match_sharding
 from fa4_jax._spec import AttentionSpec
@@ -124,16 +124,15 @@ def _dsinks(sinks: Array | None, out: Array, lse: Array, dout: Array, dlse: Arra
 
 
 def _has_backward_kernels(spec: AttentionSpec, q: Array, v: Array) -> bool:
-    reasons = _primitives.missing_kernels(
-        _primitives.BACKWARD_KERNELS, q.dtype, (q.shape[-1], v.shape[-1])
-    )
+    head_dims = q.shape[-1], v.shape[-1]
+    reasons = _dispatch.missing_kernels(_dispatch.BACKWARD_KERNELS, q.dtype, head_dims)
     if reasons and spec.require_kernel:
         raise NotImplementedError(
             f'fa4_jax: implementation="fa4": no gradient: {"; ".join(reasons)}; '
             "use implementation=None, which falls back to the reference"
         )
     if reasons:
-        _reference.warn_fallback(reasons)
+        _dispatch.fall_back(reasons)
     return not reasons
 
 

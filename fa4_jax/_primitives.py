@@ -25,14 +25,13 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
-from fa4_jax import _ffi, _intervals, _reference, _sharding, _variants
+from fa4_jax import _dispatch, _intervals, _reference, _sharding, _variants
+from fa4_jax._dispatch import BACKWARD_KERNELS, FORWARD_KERNELS
 from fa4_jax._intervals import KernelInterval
 from fa4_jax._reference import Extras
 from fa4_jax._sharding import Layout
 from fa4_jax._spec import AttentionSpec
-from fa4_jax._variants import Buffer, DType, Feature, Kernel
-
-BACKWARD_KERNELS = (Kernel.backward_preprocess, Kernel.backward, Kernel.backward_postprocess)
+from fa4_jax._variants import Buffer, Feature, Kernel
 
 forward_p = Primitive("fa4_forward")
 """(q, k, v, *extras) -> (out, lse)"""
@@ -42,13 +41,13 @@ backward_p = Primitive("fa4_backward")
 _QKV = ("BTND", "BSKD", "BSKV")
 _EXTRA_DIMS = {"kv_start": "BT", "kv_end": "BT", "sinks": "BN"}
 
-_IO_DTYPES = {dtype.numpy_name: dtype for dtype in (DType.bf16, DType.f16)}
 _SCALAR_TYPES = {"f32": np.float32, "i32": np.int32}
 
 
 def forward(spec: AttentionSpec, q: Array, k: Array, v: Array, extras: Extras) -> Sequence[Array]:
     """out and lse, as `_reference.forward`, but neither a bias nor a mask. On any mesh."""
     names, operands = _given(extras, ("kv_start", "kv_end", "sinks"))
+    _dispatch.tell_of_kernels(spec, q, k, v, extras.kv_start is not None)
     if extras.sinks is not None:
         # For each batch entry, because batching folds a mapped axis into the batch.
         sinks = extras.sinks.astype(jnp.float32)
@@ -84,109 +83,6 @@ def _given(extras: Extras, names: Sequence[str]) -> tuple[tuple[str, ...], list[
     assert extras.bias is None and extras.mask is None, "the primitives would drop them"
     given = tuple(name for name in names if getattr(extras, name) is not None)
     return given, [getattr(extras, name) for name in given]
-
-
-def features(spec: AttentionSpec, has_interval: bool) -> tuple[Feature, ...]:
-    """Those that a call needs."""
-    asked = {
-        Feature.interval: has_interval,
-        Feature.softcap: spec.softcap is not None,
-        Feature.deterministic: spec.deterministic,
-    }
-    return tuple(feature for feature, is_needed in asked.items() if is_needed)
-
-
-def missing_kernels(
-    kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
-) -> tuple[str, ...]:
-    """Why the table can't serve `kernels` for this dtype and (head_dim, head_dim_v), with padding;
-    empty if it can."""
-    io_dtype = _IO_DTYPES.get(np.dtype(dtype).name)
-    if io_dtype is None:
-        return (f"dtype {np.dtype(dtype).name} has no kernel (built: {', '.join(_IO_DTYPES)})",)
-    for i, kernel in enumerate(kernels):
-        if _padded(kernels[: i + 1], io_dtype, head_dims) is None:
-            built = _common_head_dims(kernels[: i + 1], io_dtype)
-            choices = ", ".join(map(head_dims_text, built)) or "none"
-            got = head_dims_text(head_dims)
-            return (f"head_dim {got} has no {io_dtype} {kernel} kernel (built: {choices})",)
-    return ()
-
-
-def padded_head_dims(
-    kernels: Sequence[Kernel], dtype: np.dtype, head_dims: tuple[int, int]
-) -> tuple[int, int]:
-    """(head_dim, head_dim_v) of the rows that serve a call's: its own, or the cheapest that are
-    no smaller."""
-    padded = _padded(kernels, _IO_DTYPES[np.dtype(dtype).name], head_dims)
-    assert padded, f"missing_kernels refuses head_dims {head_dims}"
-    return padded
-
-
-def _padded(
-    kernels: Sequence[Kernel], io_dtype: DType, head_dims: tuple[int, int]
-) -> tuple[int, int] | None:
-    fitting = (
-        row
-        for row in _common_head_dims(kernels, io_dtype)
-        if row[0] >= head_dims[0] and row[1] >= head_dims[1]
-    )
-    # Work grows with the sum: q k^T has head_dim, p v has head_dim_v.
-    return min(fitting, key=lambda row: (sum(row), row), default=None)
-
-
-def _common_head_dims(kernels: Sequence[Kernel], io_dtype: DType) -> list[tuple[int, int]]:
-    """Pairs that each of `kernels` has a row for."""
-    return sorted(
-        set.intersection(*(set(_variants.built_head_dims(kernel, io_dtype)) for kernel in kernels))
-    )
-
-
-def head_dims_text(head_dims: tuple[int, int]) -> str:
-    """`128`, or `192/128` if v's differs."""
-    return str(head_dims[0]) if head_dims[0] == head_dims[1] else f"{head_dims[0]}/{head_dims[1]}"
-
-
-def kernel_names(
-    kernels: Sequence[Kernel],
-    dtype: np.dtype,
-    head_dims: tuple[int, int],
-    needed: tuple[Feature, ...] = (),
-) -> tuple[str, ...]:
-    """The arch-free names that a lowered program carries, e.g. `forward_bf16_d128`, of rows with
-    exactly these head dims, for a call that needs these features."""
-    io_dtype = _IO_DTYPES[np.dtype(dtype).name]
-    return tuple(
-        _variants.kernel_key(kernel, io_dtype, head_dims, _variants.feature_set(kernel, needed))
-        for kernel in kernels
-    )
-
-
-def device_reasons() -> tuple[str, ...]:
-    """Why the GPUs that this process knows of can't run what is built; empty if they can, or if
-    there is none.
-
-    Of all processes, so that all of them lower one program the same way.
-    """
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
-        return ()
-    built = {"{}.{}".format(*arch.compute_capability) for arch in _variants.served_arches()}
-    unknown = sorted({d.compute_capability for d in devices} - built)
-    if not unknown:
-        return ()
-    got, choices = ", ".join(unknown), ", ".join(sorted(built))
-    return (f"compute capability {got} has no kernel (built: {choices})",)
-
-
-def library_reasons() -> tuple[str, ...]:
-    """Why the kernel library can't be used; empty once its targets are registered."""
-    try:
-        _ffi.register()
-    except _ffi.LibraryError as error:
-        return (str(error),)
-    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +131,7 @@ class _Problem:
             input_output_aliases=signature.aliases,
         )
         head_dims = self.sizes["D"], self.sizes["V"]
-        (name,) = kernel_names((kernel,), self.like.dtype, head_dims, features)
+        name = _dispatch.kernel_name(kernel, self.like.dtype, head_dims, features)
         scalars = {s.name: _SCALAR_TYPES[s.kind](values[s.name]) for s in signature.attributes}
         return call(*operands, kernel=name, **scalars)
 
@@ -263,7 +159,7 @@ def _forward_kernels(
     if _reference.is_empty(q, k):
         return _forward_reference(q, k, v, *rest, spec=spec, extras=extras)
     given = _extras(extras, rest)
-    head_dim, head_dim_v = padded_head_dims((Kernel.forward,), q.dtype, _head_dims(q, v))
+    head_dim, head_dim_v = _dispatch.padded_head_dims(FORWARD_KERNELS, q.dtype, _head_dims(q, v))
     qkv = _pad(q, head_dim), _pad(k, head_dim), _pad(v, head_dim_v)
     # Without sinks an array of no elements, which costs nothing. Made from q, as in `forward`.
     no_sinks = jnp.zeros_like(q[:0, 0, :, 0], jnp.float32)
@@ -280,7 +176,7 @@ def _kernel_interval(
 ) -> tuple[KernelInterval | None, tuple[Feature, ...]]:
     """What rows with `Feature.interval` take of a call that they serve; the features of `kernel`'s
     rows that serve it."""
-    chosen = _variants.feature_set(kernel, features(spec, extras.kv_start is not None))
+    chosen = _dispatch.features(kernel, spec, extras.kv_start is not None)
     if Feature.interval not in chosen:
         return None, chosen
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
@@ -308,7 +204,7 @@ def _backward_kernels(
     q, k, v, out, lse, dout, dlse, *rest = operands
     if _reference.is_empty(q, k):
         return _backward_reference(*operands, spec=spec, extras=extras)
-    head_dim, head_dim_v = padded_head_dims(BACKWARD_KERNELS, q.dtype, _head_dims(q, v))
+    head_dim, head_dim_v = _dispatch.padded_head_dims(BACKWARD_KERNELS, q.dtype, _head_dims(q, v))
     qkv = _pad(q, head_dim), _pad(k, head_dim), _pad(v, head_dim_v)
     out, dout = _pad(out, head_dim_v), _pad(dout, head_dim_v)
     launch = _Problem.of(*map(jax.typeof, qkv)).launch
@@ -344,30 +240,19 @@ def _backward_reference(
 
 def _cuda_reasons(ctx: mlir.LoweringRuleContext, spec: AttentionSpec) -> tuple[str, ...]:
     """Why a program for CUDA runs the reference, and says so; empty if it runs the kernels."""
-    if spec.require_kernel:
-        _ffi.register()
-    # An exported program runs elsewhere, so the GPUs here say nothing about it.
     exporting = ctx.module_context.lowering_parameters.for_export
-    reasons = () if exporting else device_reasons()
-    if spec.require_kernel and reasons:
-        raise NotImplementedError(f'fa4_jax: implementation="fa4": {"; ".join(reasons)}')
-    if not spec.require_kernel:
-        reasons += library_reasons()
-    if reasons:
-        _reference.warn_fallback(reasons)
-    return reasons
+    return _reasons(_dispatch.CUDA, spec, exporting)
 
 
 def _other_platform_reasons(ctx: mlir.LoweringRuleContext, spec: AttentionSpec) -> tuple[str, ...]:
     """`_cuda_reasons` of every platform but CUDA."""
-    platforms = ", ".join(ctx.platforms or ctx.module_context.platforms)
-    if spec.require_kernel:
-        raise NotImplementedError(
-            f'fa4_jax: implementation="fa4": got a program for platform {platforms}, expected '
-            'cuda; use implementation=None, which runs the reference there, or "reference"'
-        )
-    reasons = (f"the program is for platform {platforms}, and the kernels are CUDA's",)
-    _reference.warn_fallback(reasons)
+    return _reasons(", ".join(ctx.platforms or ctx.module_context.platforms), spec)
+
+
+def _reasons(platforms: str, spec: AttentionSpec, exporting: bool = False) -> tuple[str, ...]:
+    reasons = _dispatch.program_reasons(platforms, spec.require_kernel, exporting)
+    if reasons:
+        _dispatch.fall_back(reasons)
     return reasons
 
 

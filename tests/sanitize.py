@@ -463,13 +463,14 @@ def launched(chosen: Sequence[Case]) -> Iterator[str]:
     """The keys of the kernels that the calls launch, found without launching any."""
     import jax.numpy as jnp
 
-    from fa4_jax import _primitives, _variants
+    from fa4_jax import _dispatch, _variants
 
     keys: list[str] = []
 
     def launch(problem, kernel, spec, *operands, features=()):
         sizes, dtype = problem.sizes, problem.like.dtype
-        keys.extend(_primitives.kernel_names((kernel,), dtype, (sizes["D"], sizes["V"]), features))
+        head_dims = sizes["D"], sizes["V"]
+        keys.append(_dispatch.kernel_name(kernel, dtype, head_dims, features))
         avals = map(problem.aval, _variants.signature(kernel, features).results)
         return [jnp.zeros(x.shape, x.dtype) for x in avals]
 

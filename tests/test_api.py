@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user meets first: importing, signatures, defaults, fallback, `is_supported`, `explain`."""
+"""What a user meets first: importing, signatures, defaults, fallback."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ from fa4_jax import (
     FallbackWarning,
     LibraryError,
     _api,
+    _dispatch,
     _ffi,
-    _primitives,
     _reference,
     _variants,
     dot_product_attention,
-    explain,
     flash_attention,
     flash_attention_varlen,
-    is_supported,
 )
 from fa4_jax._spec import AttentionSpec
 
@@ -355,7 +353,7 @@ def test_a_missing_library_raises_under_fa4_and_falls_back_under_none(monkeypatc
 @pytest.mark.usefixtures("fresh_warnings", "without_library")
 def test_a_gpu_without_kernels_falls_back_or_raises(monkeypatch) -> None:
     reasons = ("compute capability 8.0 has no kernel (built: 9.0)",)
-    monkeypatch.setattr(_primitives, "device_reasons", lambda: reasons)
+    monkeypatch.setattr(_dispatch, "device_reasons", lambda: reasons)
     q, k, v = operands()
 
     def lower(implementation: str | None) -> str:
@@ -366,93 +364,6 @@ def test_a_gpu_without_kernels_falls_back_or_raises(monkeypatch) -> None:
         lower("fa4")
     with pytest.warns(FallbackWarning, match=r"compute capability 8\.0"):
         assert "fa4_jax_forward" not in lower(None)
-
-
-def test_device_reasons_compare_compute_capabilities(monkeypatch) -> None:
-    class Device:
-        def __init__(self, compute_capability: str):
-            self.compute_capability = compute_capability
-
-    monkeypatch.setattr(jax, "devices", lambda backend: [Device("9.0")])
-    assert _primitives.device_reasons() == ()
-    # B300 is 10.3: sm_100a binaries don't run there. Nor does this process lower anything else than
-    # the one whose GPU it is.
-    monkeypatch.setattr(jax, "devices", lambda backend: [Device("9.0"), Device("10.3")])
-    (reason,) = _primitives.device_reasons()
-    assert "compute capability 10.3 has no kernel" in reason and "9.0" in reason
-
-
-@pytest.fixture
-def on_gpu(monkeypatch) -> None:
-    """As far as `is_supported` and `explain` can tell, this process has an H200 and the library."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_primitives, "device_reasons", lambda: ())
-    monkeypatch.setattr(_ffi, "register", lambda: None)
-
-
-@pytest.mark.usefixtures("on_gpu")
-def test_is_supported_on_a_gpu() -> None:
-    q, k, v = operands()
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
-    assert is_supported(q, k, v) == (True, ())
-    assert is_supported(*shapes, causal=True, window_size=(3, None), return_lse=True).ok
-    ids = [jax.ShapeDtypeStruct((2, length), jnp.int32) for length in (16, 24)]
-    everything = {
-        "softcap": 3.0,
-        "sinks": jnp.zeros(4),
-        "q_segment_ids": ids[0],
-        "kv_segment_ids": ids[1],
-        "kv_end": ids[0],
-        "key_value_seq_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
-    }
-    assert is_supported(*shapes, deterministic=True, **everything).ok
-    x = jax.ShapeDtypeStruct((2, 16, 4, 264), jnp.float32)
-    (reason,) = is_supported(x, x, x, implementation="reference").reasons
-    assert "dtype float32 has no kernel" in reason
-    assert is_supported(*operands(head_dim=40)).ok
-    assert "head_dim 264" in is_supported(*operands(head_dim=264)).reasons[0]
-    assert is_supported(*(x[0] for x in (q, k, v))).ok
-
-
-def test_is_supported_on_a_cpu_says_so() -> None:
-    support = is_supported(*operands())
-    assert not support.ok
-    assert support.reasons == ("the default backend is 'cpu', and the kernels are CUDA's",)
-
-
-@pytest.mark.usefixtures("on_gpu")
-def test_explain_on_a_gpu() -> None:
-    q, k, v = operands()
-    assert explain(q, k, v) == (
-        "fa4: forward_bf16_d64; gradient: backward_preprocess_bf16_d64, backward_bf16_d64, "
-        "backward_postprocess_bf16_d64"
-    )
-    assert explain(q, k, v, softcap=3.0) == (
-        "fa4: forward_bf16_d64_interval_softcap; gradient: backward_preprocess_bf16_d64, "
-        "backward_bf16_d64_interval_softcap, backward_postprocess_bf16_d64"
-    )
-    assert "fa4: forward_bf16_d64_interval; " in explain(q, k, v, kv_end=jnp.ones((2, 16), int))
-    assert explain(q, k, v, sinks=q[0, 0, :, 0]) == explain(q, k, v)
-    assert explain(q, k, v, implementation="reference").startswith("reference: ")
-    chosen = explain(q, k, v, deterministic=True)
-    assert chosen.startswith("fa4: forward_bf16_d64; ")
-    assert "backward_bf16_d64_interval_deterministic" in chosen
-    q, k, v = operands(jnp.float32)
-    refused = "dtype float32 has no kernel (built: bfloat16, float16)"
-    assert explain(q, k, v) == f"reference: {refused}"
-    refusal = explain(q, k, v, implementation="fa4")
-    assert refusal == f"raises NotImplementedError: {refused}"
-    assert explain(*operands(head_dim=40)) == (
-        "fa4: forward_bf16_d64 (head_dim 40 zero-padded to 64); gradient: "
-        "backward_preprocess_bf16_d64, backward_bf16_d64, backward_postprocess_bf16_d64 "
-        "(head_dim 40 zero-padded to 64)"
-    )
-
-
-def test_explain_on_a_cpu() -> None:
-    assert explain(*operands()) == (
-        "reference: the default backend is 'cpu', and the kernels are CUDA's"
-    )
 
 
 @pytest.mark.usefixtures("fresh_warnings", "without_library")

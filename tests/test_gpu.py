@@ -283,7 +283,7 @@ def test_none_chooses_the_kernels_silently() -> None:
     """Warnings are errors here, so a fallback would raise."""
     q, k, v = small()
     assert is_supported(q, k, v, causal=True) == (True, ())
-    assert explain(q, k, v).startswith("fa4: forward_")
+    assert explain(q, k, v).startswith("fa4 on sm_")
     assert np.array_equal(flash_attention(q, k, v), fa4(q, k, v))
 
 

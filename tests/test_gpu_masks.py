@@ -776,12 +776,13 @@ def test_none_chooses_the_rows_silently() -> None:
         rng, gpu.case_shapes(row, (150, 170), "gqa4"), row.dtype.numpy_name
     )
     options = given(segments(rng, Sizes(2, 150, 170)))
+    target = row.arch.cuda_target
     for more, features in (
         ({}, "_interval"),
         ({"softcap": 3.0, "sinks": sinks}, "_interval_softcap"),
     ):
         key = row.key + features
-        assert explain(q, k, v, **options, **more).startswith(f"fa4: {key};")
+        assert explain(q, k, v, **options, **more).startswith(f"fa4 on {target}: {key};")
         ours = flash_attention(q, k, v, **options, **more)
         asked = flash_attention(q, k, v, **options, **more, implementation=IMPLEMENTATION)
         assert np.array_equal(bits(ours), bits(asked))
@@ -794,7 +795,8 @@ def test_sinks_alone_need_no_intervals() -> None:
         rng, gpu.case_shapes(row, (150, 170), "gqa4"), row.dtype.numpy_name
     )
     options = {"causal": True, "sinks": sinks, "return_lse": True, "implementation": IMPLEMENTATION}
-    assert explain(q, k, v, causal=True, sinks=sinks).startswith(f"fa4: {row.key};")
+    told = explain(q, k, v, causal=True, sinks=sinks)
+    assert told.startswith(f"fa4 on {row.arch.cuda_target}: {row.key};")
     plain = flash_attention(q, k, v, **options)
     bounded = flash_attention(q, k, v, kv_end=jnp.full((2, 150), 170), **options)
     np.testing.assert_allclose(np.asarray(plain[1]), np.asarray(bounded[1]), 1e-6, 1e-6)

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from reference import Oracle, arrays, as64, assert_close, visible
 
-from fa4_jax import _primitives, _variants, flash_attention, is_supported
-from fa4_jax._primitives import BACKWARD_KERNELS, _Problem
+from fa4_jax import _dispatch, _primitives, _variants, flash_attention, is_supported
+from fa4_jax._dispatch import BACKWARD_KERNELS
+from fa4_jax._primitives import _Problem
 from fa4_jax._spec import AttentionSpec
 from fa4_jax._variants import Kernel, signature, target_name
 
@@ -185,8 +186,8 @@ def test_the_row_is_the_cheapest_that_is_large_enough(monkeypatch) -> None:
     }
     use_rows(monkeypatch, lambda kernel: rows.get(kernel, rows[Kernel.forward]))
     bf16 = np.dtype(jnp.bfloat16)
-    forward = functools.partial(_primitives.padded_head_dims, (Kernel.forward,), bf16)
-    backward = functools.partial(_primitives.padded_head_dims, BACKWARD_KERNELS, bf16)
+    forward = functools.partial(_dispatch.padded_head_dims, (Kernel.forward,), bf16)
+    backward = functools.partial(_dispatch.padded_head_dims, BACKWARD_KERNELS, bf16)
     for head_dims, expected, expected_backward in [
         ((8, 8), (64, 64), (64, 64)),
         ((64, 65), (128, 128), (192, 128)),
@@ -197,12 +198,12 @@ def test_the_row_is_the_cheapest_that_is_large_enough(monkeypatch) -> None:
     ]:
         assert forward(head_dims) == expected
         assert backward(head_dims) == expected_backward
-    (reason,) = _primitives.missing_kernels(BACKWARD_KERNELS, bf16, (257, 64))
+    (reason,) = _dispatch.missing_kernels(BACKWARD_KERNELS, bf16, (257, 64))
     assert reason == (
         "head_dim 257/64 has no bf16 backward_preprocess kernel (built: 64, 128, 192/128, 192, 256)"
     )
     rows[Kernel.backward] = ((64, 64),)
-    (reason,) = _primitives.missing_kernels(BACKWARD_KERNELS, bf16, (96, 96))
+    (reason,) = _dispatch.missing_kernels(BACKWARD_KERNELS, bf16, (96, 96))
     assert reason == "head_dim 96 has no bf16 backward kernel (built: 64)"
 
 
