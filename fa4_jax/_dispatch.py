@@ -170,10 +170,11 @@ def _capabilities() -> list[tuple[int, int]]:
         devices = jax.devices(CUDA)
     except RuntimeError:
         return []
-    return [_capability(device.compute_capability) for device in devices]
+    return [capability_of(device.compute_capability) for device in devices]
 
 
-def _capability(text: str) -> tuple[int, int]:
+def capability_of(text: str) -> tuple[int, int]:
+    """(major, minor) of, for instance, "9.0"."""
     major, minor = text.split(".")
     return int(major), int(minor)
 

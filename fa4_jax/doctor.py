@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check an installation: `python -m fa4_jax.doctor [--json]`.
 
-Prints versions, GPUs, the kernel library, which kernels serve this machine's GPUs, and the error of
-one tiny forward and backward against float64. Needs no GPU and no library to run.
+Prints versions, GPUs, the kernel library and which kernels serve this machine's GPUs. Runs a small
+forward and backward against float64 and, on a GPU with kernels, two for each dtype and head dim.
+Needs no GPU and no library to run.
 
 Exit status: 0, the kernels work; 1, attention works with limitations, for instance by the reference
 where there is no GPU; 2, broken.
@@ -16,6 +17,7 @@ import enum
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -23,15 +25,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    from fa4_jax._self_test import Case
 
 PREFIX = "FA4_JAX_"
-# Relative L2 error against float64 that bfloat16 attention stays below: out and gradients of the
-# self-test are near 3e-3. A wrong mask or scale gives more than 1e-1.
-TOLERANCE = 2e-2
 
 
 class Status(enum.IntEnum):
@@ -49,6 +49,8 @@ class Check:
     name: str
     status: Status
     detail: str
+    results: Sequence[Mapping[str, Any]] = ()
+    """Of tests: of each result its case, its error and what is allowed."""
 
 
 def versions() -> dict[str, str]:
@@ -117,56 +119,6 @@ def installed_elsewhere() -> str | None:
     return "an installed fa4_jax is hidden by this source tree: use python -P, or another folder"
 
 
-def attention_float64(inputs: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
-    """(out, dq, dk, dv) of causal grouped-query attention in float64 for (q, k, v, dout)."""
-    q, k, v, dout = (np.asarray(x, np.float64) for x in inputs)
-    group = q.shape[2] // k.shape[2]
-    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
-    scale = q.shape[-1] ** -0.5
-    logits = scale * np.einsum("btnd,bsnd->bnts", q, k)
-    logits = np.where(np.tri(*logits.shape[-2:], dtype=bool), logits, -np.inf)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    out = np.einsum("bnts,bsnd->btnd", p, v)
-    dp = np.einsum("btnd,bsnd->bnts", dout, v)
-    ds = scale * p * (dp - np.sum(dp * p, -1, keepdims=True))
-    dq = np.einsum("bnts,bsnd->btnd", ds, k)
-    dk = np.einsum("bnts,btnd->bsnd", ds, q)
-    dv = np.einsum("bnts,btnd->bsnd", p, dout)
-
-    def sum_groups(x: np.ndarray) -> np.ndarray:
-        return x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3)
-
-    return out, dq, sum_groups(dk), sum_groups(dv)
-
-
-def self_test(implementation: str) -> dict[str, float]:
-    """Relative L2 error of out, dq, dk and dv on a small problem with odd lengths."""
-    import jax
-    import jax.numpy as jnp
-
-    from fa4_jax import flash_attention
-
-    random = np.random.default_rng(0)
-    shapes = [(1, length, heads, 64) for length, heads in ((131, 4), (131, 2), (131, 2), (131, 4))]
-    inputs = tuple(jnp.asarray(random.standard_normal(shape), jnp.bfloat16) for shape in shapes)
-
-    @jax.jit
-    def forward_backward(q, k, v, dout):
-        def attend(q, k, v):
-            return flash_attention(q, k, v, causal=True, implementation=implementation)
-
-        out, vjp = jax.vjp(attend, q, k, v)
-        return out, *vjp(dout)
-
-    results = [np.asarray(x, np.float64) for x in forward_backward(*inputs)]
-    expected = attention_float64(tuple(np.asarray(x.astype(jnp.float32)) for x in inputs))
-    return {
-        name: float(np.linalg.norm(result - value) / np.linalg.norm(value))
-        for name, result, value in zip(("out", "dq", "dk", "dv"), results, expected, strict=True)
-    }
-
-
 def check_device() -> Check:
     """A GPU that JAX sees."""
     found = devices()
@@ -208,7 +160,7 @@ def check_library() -> Check:
 def check_kernels() -> Check:
     """Kernels for the compute capabilities of this machine's GPUs."""
     from fa4_jax import _ffi
-    from fa4_jax._variants import VARIANTS, served_arches
+    from fa4_jax._variants import VARIANTS
 
     try:
         built = set(_ffi.kernel_names())
@@ -224,30 +176,102 @@ def check_kernels() -> Check:
         return Check("kernels", Status.limited, f"{text}: an incomplete build")
     here = devices()
     if here["platform"] == "gpu":
-        capabilities = here["compute_capability"].split(", ")
-        served = {"{}.{}".format(*arch.compute_capability) for arch in served_arches()}
-        if unserved := [key for key in capabilities if key not in served]:
-            detail = f"{text}; none for this machine's sm {', '.join(unserved)}: reference only"
+        lacks = filter(None, map(unserved, here["compute_capability"].split(", ")))
+        if why := "; ".join(lacks):
+            detail = f"{text}; {why}. All calls run, on the reference, which is exact and slower"
             return Check("kernels", Status.limited, detail)
     return Check("kernels", Status.ok, text)
 
 
+def unserved(capability: str) -> str:
+    """Why GPUs of this compute capability run no kernel of ours, or an empty string."""
+    from fa4_jax._dispatch import capability_of
+    from fa4_jax._variants import Arch, served_arches
+
+    version = capability_of(capability)
+    if version in {arch.compute_capability for arch in served_arches()}:
+        return ""
+    built = next((arch for arch in Arch if arch.compute_capability == version), None)
+    family = next((arch for arch in Arch if arch.compute_capability[0] == version[0]), None)
+    if built:
+        why = f"{built.cuda_target} has only some of the kernels that a call may need, so far"
+    elif family:
+        why = f"a binary for {family.cuda_target} runs on no other GPU of its family"
+    elif version[0] == 11:
+        why = "it would need kernels of its own"
+    elif version[0] == 12:
+        why = "it has neither of the instructions that they are made of, wgmma and tcgen05"
+    else:
+        why = "they begin with Hopper"
+    return f"this machine's sm {capability} runs none of them: {why}"
+
+
 def check_self_test() -> Check:
     """One forward and backward, by the kernels if they run here, else by the reference."""
-    import jax
-    import jax.numpy as jnp
+    from fa4_jax import _self_test
 
-    from fa4_jax import is_supported
+    implementation = "reference" if kernel_reasons() else "fa4"
+    return tested("self-test", implementation, "bfloat16", (64, 64), _self_test.cases()[:1])
 
-    q, kv = (jax.ShapeDtypeStruct((1, 131, heads, 64), jnp.bfloat16) for heads in (4, 2))
-    implementation = "fa4" if is_supported(q, kv, kv, causal=True).ok else "reference"
-    errors = self_test(implementation)
-    text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-    right = all(error <= TOLERANCE for error in errors.values())  # False for NaN, too.
+
+def check_gpu_tests() -> Iterator[Check]:
+    """Small cases of every dtype and head dim that this machine's GPUs have kernels for."""
+    from fa4_jax import _self_test
+    from fa4_jax._dispatch import head_dims_text
+
+    if reasons := kernel_reasons():
+        yield Check("gpu-tests", Status.limited, f"not run: {'; '.join(reasons)}")
+        return
+    for dtype, head_dims in rows_here():
+        try:
+            yield tested("gpu-tests", "fa4", dtype, head_dims, _self_test.cases())
+        except Exception as error:
+            text = f"{dtype}, head_dim {head_dims_text(head_dims)}: {one_line(error)}"
+            yield Check("gpu-tests", Status.broken, text)
+
+
+def kernel_reasons() -> tuple[str, ...]:
+    """Why no kernel runs in this process; empty if they do."""
+    from fa4_jax import _dispatch
+
+    return _dispatch.program_reasons(_dispatch.default_platform(), require_kernel=False)
+
+
+def rows_here() -> list[tuple[str, tuple[int, int]]]:
+    """(dtype, head dims) of the kernels for this machine's GPUs."""
+    from fa4_jax import _dispatch
+    from fa4_jax._variants import VARIANTS, Kernel
+
+    targets = _dispatch.device_targets()
+    rows = (v for v in VARIANTS if v.arch.cuda_target in targets and v.kernel is Kernel.backward)
+    return sorted({(v.dtype.numpy_name, (v.head_dim, v.head_dim_v)) for v in rows})
+
+
+def tested(
+    name: str,
+    implementation: str,
+    dtype: str,
+    head_dims: tuple[int, int],
+    cases: Sequence[Case],
+) -> Check:
+    """The results of these cases as one finding."""
+    from fa4_jax import _self_test
+    from fa4_jax._dispatch import head_dims_text
+
+    results = [
+        result
+        for case in cases
+        for result in _self_test.run(case, dtype, head_dims, implementation)
+    ]
+    # NaN is worse than any number.
+    worst = max(results, key=lambda x: math.inf if math.isnan(x.ratio) else x.ratio)
+    right = all(result.ratio <= 1 for result in results)
     return Check(
-        "self-test",
+        name,
         Status.ok if right else Status.broken,
-        f"{implementation}, relative error against float64: {text} (allowed {TOLERANCE:g})",
+        f"{implementation}, {dtype}, head_dim {head_dims_text(head_dims)}: worst error / allowed "
+        f"{worst.ratio:.2f}, {worst.name} in case {worst.case!r}",
+        [dataclasses.asdict(result) for result in results],
     )
 
 
@@ -257,12 +281,13 @@ def check_environment() -> Check:
     return Check("environment", Status.ok, ", ".join(found) or f"no {PREFIX}* variable is set")
 
 
-CHECKS: tuple[Callable[[], Check], ...] = (
+CHECKS: tuple[Callable[[], Check | Iterator[Check]], ...] = (
     check_device,
     check_library,
     check_kernels,
     check_environment,
     check_self_test,
+    check_gpu_tests,
 )
 
 
@@ -270,11 +295,17 @@ def examine() -> Iterator[Check]:
     """All checks; one that raises is a finding, too."""
     for check in CHECKS:
         try:
-            yield check()
+            found = check()
+            yield from (found,) if isinstance(found, Check) else found
         except Exception as error:
             name = check.__name__.removeprefix("check_").replace("_", "-")
-            text = (str(error).strip().splitlines() or [""])[0]
-            yield Check(name, Status.broken, f"{type(error).__name__}: {text}")
+            yield Check(name, Status.broken, one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """Its type and the first line of what it says."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"
 
 
 VERDICTS = {

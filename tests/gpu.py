@@ -16,16 +16,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from reference import Verdict
 
-from fa4_jax._variants import VARIANTS, Kernel, Variant, served_arches
+from fa4_jax import _dispatch
+from fa4_jax._variants import VARIANTS, Arch, Kernel, Variant, served_arches
 
-ROWS = [
-    v
-    for v in VARIANTS
-    if v.kernel is Kernel.forward and v.arch in served_arches() and not v.features
-]
+
+def arch_here() -> Arch:
+    """The first GPU's if calls use its kernels. Else the first that they use, for the names of
+    tests that are skipped."""
+    served = served_arches()
+    try:
+        here = jax.devices("cuda")[0].compute_capability
+    except RuntimeError:
+        return served[0]
+    return next((x for x in served if "{}.{}".format(*x.compute_capability) == here), served[0])
+
+
+def skip_reason() -> str:
+    """Why the tests of the kernels can't run here, or an empty string."""
+    try:
+        jax.devices("cuda")
+    except RuntimeError:
+        return "needs a CUDA device"
+    return "; ".join(_dispatch.device_reasons())
+
+
+def forward_rows(arch: Arch) -> list[Variant]:
+    """Forward rows without features."""
+    rows = (v for v in VARIANTS if v.kernel is Kernel.forward and v.arch is arch)
+    return [v for v in rows if not v.features]
+
+
+ROWS = forward_rows(arch_here())
 
 # (batch, query heads, key/value heads): four (batch, key/value head) pairs each, of at most GROUP
 # query heads.
@@ -35,26 +58,6 @@ GROUP = 4
 NAMES = ("out", "lse", "dq", "dk", "dv")
 # Autotuning would take longer than the work, and isn't what is tested.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}
-
-
-def capability() -> tuple[int, int]:
-    """Of the first CUDA device."""
-    major, minor = jax.devices("cuda")[0].compute_capability.split(".")
-    return int(major), int(minor)
-
-
-def first_row() -> Variant:
-    """A forward row that runs here."""
-    return next(v for v in ROWS if v.arch.compute_capability == capability())
-
-
-def skip_unless_built_for_this_gpu(row: Variant) -> None:
-    """`row` is a forward one without features."""
-    if row.arch.compute_capability != capability():
-        pytest.skip(f"{row.arch} isn't this GPU")
-    same = [v for v in VARIANTS if v.arch == row.arch and v.key.endswith(key_suffix(row))]
-    assert {v.kernel for v in same} == set(Kernel)
-    assert not any(v.features for v in same)
 
 
 def key_suffix(row: Variant) -> str:

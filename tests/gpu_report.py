@@ -48,7 +48,7 @@ class Step:
 
 
 STEPS = (
-    Step("doctor", (PYTHON, "-P", "-m", "fa4_jax.doctor"), 300),
+    Step("doctor", (PYTHON, "-P", "-m", "fa4_jax.doctor"), 600),
     Step(
         "tests",
         (*PYTEST, "-n", str(WORKERS), "--dist", "worksteal", "--ignore=tests/test_gpu_long.py"),

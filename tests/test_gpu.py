@@ -31,14 +31,12 @@ from gpu import (
     ROWS,
     case_shapes,
     cotangents,
-    first_row,
     fold_keys,
     fold_queries,
     fold_stats,
     key_suffix,
     poison,
     record,
-    skip_unless_built_for_this_gpu,
     waves,
 )
 from reference import (
@@ -212,7 +210,6 @@ def check_masks(
 def test_values_and_gradients(
     row: Variant, heads: str, lengths: tuple[int, int], worst: dict
 ) -> None:
-    skip_unless_built_for_this_gpu(row)
     dtype = row.dtype.numpy_name
     rng = np.random.default_rng([*lengths, row.head_dim, HEADS[heads][1]])
     shapes = case_shapes(row, lengths, heads)
@@ -224,7 +221,6 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("row", ROWS, ids=lambda v: v.name)
 def test_families(row: Variant, family: str, worst: dict) -> None:
-    skip_unless_built_for_this_gpu(row)
     dtype = row.dtype.numpy_name
     rng = np.random.default_rng(FAMILIES.index(family))
     shapes = case_shapes(row, (390, 517), "gqa4")
@@ -236,7 +232,7 @@ def test_families(row: Variant, family: str, worst: dict) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.01, 3.0])
 def test_scales(scale: float, worst: dict) -> None:
-    row = first_row()
+    row = ROWS[0]
     rng = np.random.default_rng(3)
     shapes = case_shapes(row, (200, 300), "mqa")
     operands = inputs("normal", rng, shapes, row.dtype.numpy_name)
@@ -250,7 +246,7 @@ def test_scales(scale: float, worst: dict) -> None:
 )
 def test_head_dims_without_a_row(head_dims: tuple[int, int], worst: dict) -> None:
     """Zero-padded to a row's."""
-    row = dataclasses.replace(first_row(), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    row = dataclasses.replace(ROWS[0], head_dim=head_dims[0], head_dim_v=head_dims[1])
     dtype = row.dtype.numpy_name
     rng = np.random.default_rng(head_dims)
     shapes = case_shapes(row, (200, 300), "gqa4")
@@ -261,7 +257,7 @@ def test_head_dims_without_a_row(head_dims: tuple[int, int], worst: dict) -> Non
 
 
 def small(seqlen_q: int = 150, seqlen_k: int = 170, lead: tuple = (), seed: int = 0) -> list:
-    row = first_row()
+    row = ROWS[0]
     rng = np.random.default_rng(seed)
     shapes = case_shapes(row, (seqlen_q, seqlen_k), "gqa4")
     return [jnp.asarray(rng.standard_normal((*lead, *s)), row.dtype.numpy_name) for s in shapes]
@@ -340,7 +336,7 @@ def test_a_vmapped_axis_in_the_middle_and_transposed_operands() -> None:
 
 
 def test_slices_of_a_packed_array() -> None:
-    row = first_row()
+    row = ROWS[0]
     rng = np.random.default_rng(1)
     packed = jnp.asarray(rng.standard_normal((2, 3, 4, 130, row.head_dim)), row.dtype.numpy_name)
 
@@ -353,7 +349,7 @@ def test_slices_of_a_packed_array() -> None:
 
 @pytest.mark.parametrize("empty", ["B", "T", "S"])
 def test_an_empty_dimension_launches_nothing(empty: str) -> None:
-    row = first_row()
+    row = ROWS[0]
     sizes = {"B": 2, "T": 5, "S": 6, empty: 0}
     q = jnp.ones((sizes["B"], sizes["T"], 4, row.head_dim), row.dtype.numpy_name)
     k = jnp.ones((sizes["B"], sizes["S"], 2, row.head_dim), row.dtype.numpy_name)
@@ -371,7 +367,7 @@ def test_an_empty_dimension_launches_nothing(empty: str) -> None:
 
 def test_a_large_grid() -> None:
     """More (batch, head) pairs than a grid's y or z may have (65,535), one query each."""
-    row = first_row()
+    row = ROWS[0]
     rng = np.random.default_rng(4)
     shape = (9000, 1, 8, row.head_dim)
     arrays = (rng.standard_normal(shape) for _ in range(4))
@@ -421,7 +417,7 @@ Target = tuple[Kernel, tuple[Feature, ...]]
 def raw(target: Target, change: Callable[[dict], None]) -> None:
     """Call a row through its target with good operands, results and attributes, after `change` of
     them."""
-    (kernel, features), row = target, first_row()
+    (kernel, features), row = target, ROWS[0]
     register()
     dims = {"B": 2, "T": 64, "S": 96, "N": 4, "K": 2, "D": row.head_dim, "V": row.head_dim_v}
     dims |= {

@@ -400,7 +400,6 @@ PAIRWISE = list(pairwise(FACTORS, np.random.default_rng(0)))
 
 
 def row_of(case: Mapping[str, Any]) -> Variant:
-    """The first, of the architectures."""
     wanted = case["dtype"], case["head_dims"]
     return next(v for v in ROWS if (v.dtype, (v.head_dim, v.head_dim_v)) == wanted)
 
@@ -425,7 +424,6 @@ def check(  # noqa: PLR0913 - a case
     family: str = "normal",
 ) -> None:
     """A call of new inputs, poisoned, judged."""
-    gpu.skip_unless_built_for_this_gpu(row)
     dtype = row.dtype.numpy_name
     rng = np.random.default_rng([*lengths, list(KINDS).index(call.kind), HEADS[heads][1]])
     shapes = gpu.case_shapes(row, lengths, heads)
@@ -465,7 +463,7 @@ def test_families(row: Variant, softcap: float | None, family: str, worst: dict)
 @pytest.mark.parametrize("head_dims", [(1, 1), (80, 80), (40, 100), (130, 60)], ids=str)
 def test_head_dims_without_a_row(head_dims: tuple[int, int], worst: dict) -> None:
     """Zero-padded to a row's."""
-    row = dataclasses.replace(gpu.first_row(), head_dim=head_dims[0], head_dim_v=head_dims[1])
+    row = dataclasses.replace(ROWS[0], head_dim=head_dims[0], head_dim_v=head_dims[1])
     rng = np.random.default_rng(head_dims)
     shapes = gpu.case_shapes(row, (200, 300), "gqa4")
     operands = make_operands(rng, shapes, row.dtype.numpy_name)
@@ -492,7 +490,6 @@ def test_fuzz(program: int, worst: dict) -> None:
     """
     rng = np.random.default_rng([FUZZ_SEED, program])
     row = ROWS[program % len(ROWS)]
-    gpu.skip_unless_built_for_this_gpu(row)
     dtype = row.dtype.numpy_name
     batch, num_q, num_kv = FUZZ_HEADS[rng.integers(len(FUZZ_HEADS))]
     kind = list(KINDS)[rng.integers(len(KINDS))]
@@ -530,14 +527,14 @@ def test_fuzz(program: int, worst: dict) -> None:
 
 def test_a_thousand_short_sequences_in_a_batch(worst: dict) -> None:
     """Each with lengths of its own, 0 among them."""
-    row, rng = gpu.first_row(), np.random.default_rng(1)
+    row, rng = ROWS[0], np.random.default_rng(1)
     shapes = (1000, 40, 4, row.head_dim), (1000, 45, 2, row.head_dim), (1000, 45, 2, row.head_dim_v)
     check_whole(worst, Call("lengths_bottom_right", has_sinks=True), row, shapes, rng)
 
 
 def test_a_thousand_short_sequences_in_a_row(worst: dict) -> None:
     """Packed, of 0 to 4 positions."""
-    row, rng = gpu.first_row(), np.random.default_rng(2)
+    row, rng = ROWS[0], np.random.default_rng(2)
     cu_seqlens = np.r_[0, np.cumsum(rng.integers(0, 5, 1000))]
     total = int(cu_seqlens[-1]) + 10
     shapes = (1, total, 4, row.head_dim), (1, total, 4, row.head_dim), (1, total, 4, row.head_dim_v)
@@ -568,7 +565,6 @@ def check_whole(  # noqa: PLR0913 - a case
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("row", ROWS[:1] + ROWS[-1:], ids=lambda v: v.name)
 def test_the_gradient_of_sinks(row: Variant, softcap: float | None, worst: dict) -> None:
-    gpu.skip_unless_built_for_this_gpu(row)
     rng = np.random.default_rng(4)
     dtype, sizes = row.dtype.numpy_name, Sizes(2, 200, 200)
     shapes = gpu.case_shapes(row, (200, 200), "gqa4")
@@ -614,7 +610,6 @@ def test_an_unseen_key_changes_no_bit(row: Variant, kind: str) -> None:
 
     There are two key tiles at most, so that dq, which is summed by atomic additions, is repeatable.
     """
-    gpu.skip_unless_built_for_this_gpu(row)
     rng = np.random.default_rng(list(KINDS).index(kind))
     sizes = Sizes(1 if KINDS[kind].is_packed else 2, 200, 128)
     shapes = (
@@ -648,7 +643,6 @@ def test_an_unseen_key_changes_no_bit(row: Variant, kind: str) -> None:
 
 @pytest.mark.parametrize("row", FEW_ROWS, ids=lambda v: v.name)
 def test_a_scattered_segment_is_nan_and_no_other(row: Variant) -> None:
-    gpu.skip_unless_built_for_this_gpu(row)
     rng = np.random.default_rng(6)
     shapes = gpu.case_shapes(row, (200, 128), "gqa4")
     operands = make_operands(rng, shapes, row.dtype.numpy_name)
@@ -677,7 +671,7 @@ def test_a_scattered_segment_is_nan_and_no_other(row: Variant) -> None:
 
 def test_absurd_bounds_give_something_and_leave_the_gpu_well() -> None:
     """Values that the arguments' own arithmetic could wrap around."""
-    row, rng = gpu.first_row(), np.random.default_rng(8)
+    row, rng = ROWS[0], np.random.default_rng(8)
     sizes, shapes = Sizes(2, 200, 300), gpu.case_shapes(row, (200, 300), "gqa4")
     operands = make_operands(rng, shapes, row.dtype.numpy_name)
     grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
@@ -707,7 +701,6 @@ def test_absurd_bounds_give_something_and_leave_the_gpu_well() -> None:
 )
 def test_a_thousand_runs_are_the_same(row: Variant, deterministic: bool, kind: str) -> None:
     """Bit by bit; dq only if it is deterministic: else it is summed by atomic additions."""
-    gpu.skip_unless_built_for_this_gpu(row)
     rng = np.random.default_rng(9)
     sizes = Sizes(1, 1000, 1000)
     shapes = (
@@ -746,7 +739,7 @@ def test_a_thousand_runs_are_the_same(row: Variant, deterministic: bool, kind: s
 
 
 def test_ten_thousand_calls_take_no_more_memory_and_compile_nothing() -> None:
-    row, rng = gpu.first_row(), np.random.default_rng(10)
+    row, rng = ROWS[0], np.random.default_rng(10)
     sizes, shapes = Sizes(2, 150, 170), gpu.case_shapes(row, (150, 170), "gqa4")
     operands = make_operands(rng, shapes, row.dtype.numpy_name)
     grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)
@@ -771,7 +764,7 @@ def test_ten_thousand_calls_take_no_more_memory_and_compile_nothing() -> None:
 
 def test_none_chooses_the_rows_silently() -> None:
     """Warnings are errors here, so a fallback would raise."""
-    row, rng = gpu.first_row(), np.random.default_rng(11)
+    row, rng = ROWS[0], np.random.default_rng(11)
     q, k, v, sinks = make_operands(
         rng, gpu.case_shapes(row, (150, 170), "gqa4"), row.dtype.numpy_name
     )
@@ -790,7 +783,7 @@ def test_none_chooses_the_rows_silently() -> None:
 
 def test_sinks_alone_need_no_intervals() -> None:
     """A plain row computes them: the same with bounds that say nothing, up to rounding."""
-    row, rng = gpu.first_row(), np.random.default_rng(12)
+    row, rng = ROWS[0], np.random.default_rng(12)
     q, k, v, sinks = make_operands(
         rng, gpu.case_shapes(row, (150, 170), "gqa4"), row.dtype.numpy_name
     )
@@ -803,7 +796,7 @@ def test_sinks_alone_need_no_intervals() -> None:
 
 
 def test_vmap_over_masks_and_sinks() -> None:
-    row, rng = gpu.first_row(), np.random.default_rng(13)
+    row, rng = ROWS[0], np.random.default_rng(13)
     shapes = gpu.case_shapes(row, (150, 170), "gqa4")
     *qkv, _ = make_operands(rng, shapes, row.dtype.numpy_name)
     grads = gpu.cotangents(rng, shapes, row.dtype.numpy_name)

@@ -8,10 +8,16 @@ import pathlib
 import platform
 import sys
 import zipfile
+from types import SimpleNamespace
 
+import gpu
 import gpu_report
+import jax
 import pytest
 from gpu_report import Step, without
+
+from fa4_jax import _variants
+from fa4_jax._variants import Arch
 
 STEPS = (
     Step("doctor", (sys.executable, "-c", "import sys; print('found', sys.prefix)"), 60),
@@ -97,3 +103,20 @@ def test_the_steps_are_commands_that_exist() -> None:
         else:
             assert (gpu_report.ROOT / options[0]).is_file()
         assert step.seconds > 0
+
+
+def test_the_gpu_tests_are_of_the_kernels_that_run_here(monkeypatch) -> None:
+    """On a GPU that this process pretends to have: of every architecture that calls use."""
+    assert gpu.skip_reason() == "needs a CUDA device" or jax.devices("cuda")
+    here = SimpleNamespace(compute_capability="")
+    monkeypatch.setattr(jax, "devices", lambda backend: [here])
+    for module in (_variants, gpu):
+        monkeypatch.setattr(module, "served_arches", lambda: tuple(Arch))
+    for here.compute_capability, arch in (("9.0", Arch.sm90a), ("10.0", Arch.sm100a)):
+        assert gpu.arch_here() is arch
+        assert gpu.skip_reason() == ""
+        assert {row.arch for row in gpu.forward_rows(arch)} == {arch}
+    for here.compute_capability in ("10.3", "11.0", "12.0"):
+        expected = f"compute capability {here.compute_capability} has no kernel"
+        assert expected in gpu.skip_reason()
+        assert gpu.arch_here() is Arch.sm90a
