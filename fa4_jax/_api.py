@@ -27,6 +27,7 @@ from fa4_jax._spec import (
     BOTTOM_RIGHT,
     TOP_LEFT,
     AttentionSpec,
+    is_numpy,
     message,
     normalise_scale,
     normalise_softcap,
@@ -39,6 +40,9 @@ from fa4_jax._variants import Kernel
 KERNELS = "fa4"
 REFERENCE = "reference"
 IMPLEMENTATIONS = (None, KERNELS, REFERENCE)
+
+Shape = tuple[Any, ...]
+"""Of ints, but for a symbolic batch."""
 
 
 class SharedOptions(TypedDict, total=False):
@@ -447,7 +451,7 @@ class _Options:
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
     is_packed: bool = False
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def name(self, argument: str) -> str:
         return self.names.get(argument, argument)
@@ -585,10 +589,10 @@ def as_array(name: str, x: Any) -> Array:
     """`x`, called `name` in errors, as JAX's array. Lists and numbers aren't taken for arrays."""
     if isinstance(x, jax.Array):
         return x
-    is_numpy = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
-    if not (is_numpy or hasattr(x, "__jax_array__")):
+    is_numeric = is_numpy(x) and x.dtype.kind not in "OSUMm"
+    if not (is_numeric or hasattr(x, "__jax_array__")):
         kind = f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
-        got = f"numpy.ndarray of {x.dtype}" if isinstance(x, np.ndarray) else kind
+        got = f"numpy.ndarray of {x.dtype}" if is_numpy(x) else kind
         raise TypeError(message(name, got, "a jax.Array or a numeric numpy.ndarray"))
     return jnp.asarray(x)
 
@@ -631,11 +635,11 @@ def _check_dtype(name: str, dtype: Any) -> None:
         )
 
 
-def _check_shapes(names: tuple[str, ...], q: tuple, k: tuple, v: tuple) -> None:
+def _check_shapes(names: tuple[str, ...], q: Shape, k: Shape, v: Shape) -> None:
     q_name, k_name, v_name = names
 
     def same(
-        name: str, shape: tuple, axis: int, other_name: str, other: tuple, dimension: str
+        name: str, shape: Shape, axis: int, other_name: str, other: Shape, dimension: str
     ) -> None:
         if shape[axis] != other[axis]:
             expected = f"{dimension} {other[axis]} as in {other_name}, shape {other}"
@@ -724,7 +728,7 @@ class _Arrays:
             self._check_shape("sinks", x, (self.q.shape[2],), expected)
         return x
 
-    def _segment_ids(self, q_shape: tuple, kv_shape: tuple) -> tuple[Any, Any]:
+    def _segment_ids(self, q_shape: Shape, kv_shape: Shape) -> tuple[Any, Any]:
         names = ("q_segment_ids", "kv_segment_ids")
         given = [name for name in names if getattr(self.options, name) is not None]
         if not given:
@@ -746,7 +750,7 @@ class _Arrays:
     def _ids(self, name: str) -> Any:
         value, x = getattr(self.options, name), self._array(name)
         # Where 64-bit types are off, JAX wraps around, and two ids become one.
-        if isinstance(value, np.ndarray) and not np.array_equal(value, value.astype(x.dtype)):
+        if is_numpy(value) and not np.array_equal(value, value.astype(x.dtype)):
             raise ValueError(
                 message(name, f"{value.dtype} ids that {x.dtype} can't hold", f"{x.dtype} ids")
             )
@@ -765,17 +769,17 @@ class _Arrays:
         shape = cu_seqlens_q.shape
         return self._bounds("cu_seqlens_q", shape), self._bounds("cu_seqlens_k", shape)
 
-    def _bounds(self, name: str, shape: tuple, has_batch: bool = True) -> Any:
+    def _bounds(self, name: str, shape: Shape, has_batch: bool = True) -> Any:
         """Integers of `shape` as int32 >= 0; whoever reads them knows what they mustn't exceed."""
         value = getattr(self.options, name)
-        if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        if is_numpy(value) and value.dtype.kind in "iu":
             value = _clip(np, value)
         if value is None:
             return None
         x = self._integers(name, as_array(name, value), shape, has_batch)
         return _clip(jnp, x)
 
-    def _integers(self, name: str, x: Any, shape: tuple, has_batch: bool) -> Any:
+    def _integers(self, name: str, x: Any, shape: Shape, has_batch: bool) -> Any:
         """`x`, checked and with a batch axis; `shape` has one, whether the call's arrays do or
         not."""
         if not jnp.issubdtype(x.dtype, jnp.integer):
@@ -784,7 +788,7 @@ class _Arrays:
         self._check_shape(name, x, expected, f"{expected}")
         return x.reshape(shape)
 
-    def _check_shape(self, name: str, x: Any, shape: tuple, expected: str) -> None:
+    def _check_shape(self, name: str, x: Any, shape: Shape, expected: str) -> None:
         if x.shape != shape:
             raise ValueError(message(name, f"shape {x.shape}", f"shape {expected}"))
 

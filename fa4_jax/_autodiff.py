@@ -22,7 +22,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
+from jax.ad_checkpoint import checkpoint_name  # pyright: ignore[reportUnknownVariableType]
 
 from fa4_jax import _dispatch, _primitives, _reference
 from fa4_jax._reference import NO_EXTRAS, Extras
@@ -31,6 +31,9 @@ from fa4_jax._spec import AttentionSpec
 from fa4_jax._varying import match_varying
 
 CHECKPOINT_NAME = "context"
+
+Residuals = tuple[Array, Array, Array, Array, Array, Extras]
+"""q, k, v, out, lse and the extras"""
 
 
 class Method(Protocol):
@@ -88,18 +91,22 @@ def attention(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(method: Method, q: Array, k: Array, v: Array, extras: Extras):
+def _attention(method: Method, q: Array, k: Array, v: Array, extras: Extras) -> tuple[Array, Array]:
     return method.forward(q, k, v, extras)
 
 
-def _attention_fwd(method: Method, q: Array, k: Array, v: Array, extras: Extras):
+def _attention_fwd(
+    method: Method, q: Array, k: Array, v: Array, extras: Extras
+) -> tuple[tuple[Array, Array], Residuals]:
     # Not a call of `_attention`: the names have to be on the values saved here.
     results = method.forward(q, k, v, extras)
     out, lse = (checkpoint_name(x, CHECKPOINT_NAME) for x in results)
     return (out, lse), (q, k, v, out, lse, extras)
 
 
-def _attention_bwd(method: Method, residuals, cotangents: tuple[Array, Array]):
+def _attention_bwd(
+    method: Method, residuals: Residuals, cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, Extras]:
     q, k, v, out, lse, extras = residuals
     dout, dlse = cotangents
     # lse is the constant -inf in a row that sees no key, whatever its cotangent says.

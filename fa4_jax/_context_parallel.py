@@ -20,7 +20,7 @@ from typing import Any, Literal, Required, TypeVar, Unpack, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from fa4_jax import _api, _autodiff, _intervals, _reference, _variants
@@ -28,6 +28,7 @@ from fa4_jax._autodiff import OneCall
 from fa4_jax._intervals import BROKEN, Limits
 from fa4_jax._reference import NO_EXTRAS, Extras
 from fa4_jax._spec import BOTTOM_RIGHT, TOP_LEFT, AttentionSpec, message, one_of
+from fa4_jax._untyped import lax, tree
 from fa4_jax._varying import match_varying
 
 RING = "ring"
@@ -301,12 +302,16 @@ class _Axis:
     def rank(self) -> Array:
         return lax.axis_index(self.name)
 
-    def shift(self, tree: Tree, distance: int) -> Tree:
-        """Every device's `tree` to the one `distance` behind it in the ring."""
+    def shift(self, arrays: Tree, distance: int) -> Tree:
+        """Every device's `arrays` to the one `distance` behind it in the ring."""
         if distance % self.size == 0:
-            return tree
+            return arrays
         pairs = [(rank, (rank + distance) % self.size) for rank in range(self.size)]
-        return jax.tree.map(lambda x: lax.ppermute(x, self.name, pairs), tree)
+
+        def send(x: Array) -> Array:
+            return lax.ppermute(x, self.name, pairs)
+
+        return tree.map(send, arrays)
 
     def gather(self, x: Array, order: str) -> Array:
         """[B, length, ...] of every device to [B, total, ...], in the order of positions."""
@@ -429,7 +434,9 @@ class _Ring:
         def visit(shift: Array | int, kv: tuple[Array, Array], total: tuple[Array, Array]):
             return _merge(total, self.local.forward(q, *kv, self._visible(shift, extras)))
 
-        def step(carry: tuple, shift: Array) -> tuple[tuple, None]:
+        def step(
+            carry: tuple[tuple[Array, Array], tuple[Array, Array]], shift: Array
+        ) -> tuple[Any, None]:
             kv, total = carry
             return (self.axis.shift(kv, 1), visit(shift, kv, total)), None
 
@@ -462,17 +469,19 @@ class _Ring:
             dq, dkv = grads
             return dq, self.axis.shift(dkv, 1)
 
-        def step(carry: tuple, shift: Array) -> tuple[tuple, None]:
+        def step(
+            carry: tuple[tuple[Array, Array], tuple[Array, tuple[Array, Array]]], shift: Array
+        ) -> tuple[Any, None]:
             kv, grads = carry
             next_kv, arriving = self.axis.shift(kv, 1), follow(grads)
-            return (next_kv, jax.tree.map(jnp.add, arriving, visit(shift, kv))), None
+            return (next_kv, tree.map(jnp.add, arriving, visit(shift, kv))), None
 
         last = self.num_steps - 1
         grads = visit(0, (k, v))
         if last:
             carry = self.axis.shift((k, v), 1), grads
             (kv, grads), _ = lax.scan(step, carry, jnp.arange(1, last, dtype=jnp.int32))
-            grads = jax.tree.map(jnp.add, follow(grads), visit(last, kv))
+            grads = tree.map(jnp.add, follow(grads), visit(last, kv))
         dq, (dk, dv) = grads
         # Rounded before they go home, a transfer that nothing hides.
         dk, dv = self.axis.shift((dk.astype(k.dtype), dv.astype(v.dtype)), -last)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jax import Array
 
 from fa4_jax import _ffi, _reference, _variants
 from fa4_jax._spec import AttentionSpec
+from fa4_jax._untyped import jax_
 from fa4_jax._variants import Arch, DType, Feature, Kernel
 
 FORWARD_KERNELS = (Kernel.forward,)
@@ -74,9 +75,8 @@ def _padded(
 
 def _common_head_dims(kernels: Sequence[Kernel], io_dtype: DType) -> list[tuple[int, int]]:
     """Pairs that each of `kernels` has a row for."""
-    return sorted(
-        set.intersection(*(set(_variants.built_head_dims(kernel, io_dtype)) for kernel in kernels))
-    )
+    rows = [_variants.built_head_dims(kernel, io_dtype) for kernel in kernels]
+    return [pair for pair in rows[0] if all(pair in other for other in rows[1:])]
 
 
 def head_dims_text(head_dims: tuple[int, int]) -> str:
@@ -167,7 +167,7 @@ def device_targets() -> tuple[str, ...]:
 def _capabilities() -> list[tuple[int, int]]:
     """Of all processes' GPUs, so that all of them lower one program the same way."""
     try:
-        devices = jax.devices(CUDA)
+        devices = jax_.devices(CUDA)
     except RuntimeError:
         return []
     return [capability_of(device.compute_capability) for device in devices]
@@ -207,7 +207,7 @@ def _trace_context():
 
 
 @contextlib.contextmanager
-def listen() -> Iterator[list[str]]:
+def listen() -> Generator[list[str], None, None]:
     """Collects the paths of calls that are traced within, and keeps them from warning."""
     paths: list[str] = []
     token = _heard.set(paths)

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from fa4_jax import _api, _dispatch
 from fa4_jax._api import AllFlashOptions
 from fa4_jax._ffi import LibraryError
+from fa4_jax._untyped import jax_, tree
 
 P = ParamSpec("P")
 ArrayOrShape = ArrayLike | jax.ShapeDtypeStruct
@@ -103,7 +104,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
 
 def _trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     """Trace a call, in which `jax.ShapeDtypeStruct`s stand for arrays and all else is as given."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
+    leaves, structure = tree.flatten((args, kwargs))
     is_shape = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
 
     def call(*arrays: Array) -> None:
@@ -112,8 +113,8 @@ def _trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
             return
         given = iter(arrays)
         filled = (next(given) if x else leaf for x, leaf in zip(is_shape, leaves, strict=True))
-        all_args, all_kwargs = jax.tree.unflatten(tree, list(filled))
+        all_args, all_kwargs = tree.unflatten(structure, list(filled))
         function(*all_args, **all_kwargs)
 
     shapes = (leaf for x, leaf in zip(is_shape, leaves, strict=True) if x)
-    jax.eval_shape(call, *shapes)
+    jax_.eval_shape(call, *shapes)

@@ -18,15 +18,14 @@ else, for each batch entry.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from fa4_jax._spec import BOTTOM_RIGHT, TOP_LEFT, AttentionSpec
+from fa4_jax._spec import BOTTOM_RIGHT, TOP_LEFT, AttentionSpec, Window
+from fa4_jax._untyped import jit, lax
 from fa4_jax._variants import BLOCK, ROW_MULTIPLE, round_up
 
 BROKEN = -1
@@ -118,7 +117,7 @@ class KernelInterval(NamedTuple):
         return self.kv_start, self.kv_end, self.query_range
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@jit(static_argnums=(0, 3))
 def for_kernels(
     band: tuple[int, int], kv_start: Array, kv_end: Array, seqlen_k: int
 ) -> KernelInterval:
@@ -195,9 +194,9 @@ def _reduce(*parts: tuple[Array, Callable[[Array, Array], Array], int | Array]) 
     return lax.reduce(arrays, starts, combine, (arrays[0].ndim - 1,))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@jit(static_argnums=(2, 3, 4))
 def _interval(
-    limits: Limits, rows: Array, lengths: tuple[int, int], window: tuple, bottom_right: bool
+    limits: Limits, rows: Array, lengths: tuple[int, int], window: Window, bottom_right: bool
 ) -> tuple[Array, Array]:
     seqlen_k = lengths[1]
     start, end = _sequences(limits, rows[None], lengths, window, bottom_right)
@@ -218,13 +217,14 @@ def _interval(
 
 
 def _sequences(
-    limits: Limits, row: Array, lengths: tuple[int, int], window: tuple, bottom_right: bool
+    limits: Limits, row: Array, lengths: tuple[int, int], window: Window, bottom_right: bool
 ) -> tuple[Array, Array]:
     """[start, end) of what `cu_seqlens` or lengths, and a band of each sequence, leave visible to
     queries `row` [1, T]."""
     seqlen_q, seqlen_k = lengths
     # No side of a window reaches further than this, and sums stay within int32.
-    window = tuple(None if side is None else min(side, max(lengths)) for side in window)
+    left, right = (None if side is None else min(side, max(lengths)) for side in window)
+    window = left, right
     if limits.cu_seqlens_q is not None:
         cu_q = _monotone(limits.cu_seqlens_q, seqlen_q)
         cu_k = cu_q if limits.cu_seqlens_k is None else _monotone(limits.cu_seqlens_k, seqlen_k)
@@ -250,7 +250,7 @@ def _sequences(
 
 
 def _band(
-    row: Array, len_q: Array, len_k: Array, window: tuple, bottom_right: bool
+    row: Array, len_q: Array, len_k: Array, window: Window, bottom_right: bool
 ) -> tuple[Array, Array]:
     """[start, end) of the keys that a row sees among the `len_k` of its sequence, counted there."""
     left, right = window

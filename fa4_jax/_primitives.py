@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, xla
+from jax.interpreters import batching, mlir
 
 from fa4_jax import _dispatch, _intervals, _reference, _sharding, _variants
 from fa4_jax._dispatch import BACKWARD_KERNELS, FORWARD_KERNELS
@@ -31,6 +32,7 @@ from fa4_jax._intervals import KernelInterval
 from fa4_jax._reference import Extras
 from fa4_jax._sharding import Layout
 from fa4_jax._spec import AttentionSpec
+from fa4_jax._untyped import apply_primitive, bind, lower_fun
 from fa4_jax._variants import Buffer, Feature, Kernel
 
 forward_p = Primitive("fa4_forward")
@@ -94,7 +96,7 @@ class _Problem:
 
     @classmethod
     def of(cls, q: ShapedArray, k: ShapedArray, v: ShapedArray) -> _Problem:
-        sizes = {}
+        sizes: dict[str, int] = {}
         for buffer, aval in zip(_variants.QKV, (q, k, v), strict=True):
             sizes |= dict(zip(buffer.dims, aval.shape, strict=True))
         sizes["R"] = _variants.round_up(sizes["T"], _variants.ROW_MULTIPLE)
@@ -137,20 +139,21 @@ class _Problem:
 
 
 def _forward_abstract(
-    q, k, v, *rest, spec: AttentionSpec, extras: tuple[str, ...]
+    *avals: ShapedArray, spec: AttentionSpec, extras: tuple[str, ...]
 ) -> list[ShapedArray]:
     del spec, extras
-    _sharding.check_varying("fa4_forward", q, k, v, *rest)
+    _sharding.check_varying("fa4_forward", *avals)
+    q, k, v = avals[:3]
     out, lse = map(_Problem.of(q, k, v).aval, _variants.signature(Kernel.forward).results)
     return [out, lse.update(dtype=_reference.lse_dtype(q.dtype))]
 
 
 def _backward_abstract(
-    q, k, v, *rest, spec: AttentionSpec, extras: tuple[str, ...]
+    *avals: ShapedArray, spec: AttentionSpec, extras: tuple[str, ...]
 ) -> list[ShapedArray]:
     del spec, extras
-    _sharding.check_varying("fa4_backward", q, k, v, *rest)
-    return [x.update(weak_type=False) for x in (q, k, v)]
+    _sharding.check_varying("fa4_backward", *avals)
+    return [x.update(weak_type=False) for x in avals[:3]]
 
 
 def _forward_kernels(
@@ -256,21 +259,31 @@ def _reasons(platforms: str, spec: AttentionSpec, exporting: bool = False) -> tu
     return reasons
 
 
-_REASONS = {"cuda": _cuda_reasons, None: _other_platform_reasons}
+Reasons = Callable[[mlir.LoweringRuleContext, AttentionSpec], tuple[str, ...]]
+Rule = Callable[..., Sequence[Array]]
+
+_REASONS: dict[str | None, Reasons] = {
+    _dispatch.CUDA: _cuda_reasons,
+    None: _other_platform_reasons,
+}
 
 
-def _lowering(reasons: Callable, kernels: Callable, reference: Callable) -> Callable:
+def _lowering(reasons: Reasons, kernels: Rule, reference: Rule) -> Callable[..., Any]:
     """A platform's rule: the kernels, or the reference if it has `reasons`."""
 
-    def rule(ctx: mlir.LoweringRuleContext, *operands, spec: AttentionSpec, extras: tuple):
+    def rule(
+        ctx: mlir.LoweringRuleContext, *operands: Any, spec: AttentionSpec, extras: tuple[str, ...]
+    ) -> Any:
         chosen = reference if reasons(ctx, spec) else kernels
-        lower = mlir.lower_fun(chosen, multiple_results=True)
+        lower = lower_fun(chosen, multiple_results=True)
         return lower(ctx, *operands, spec=spec, extras=extras)
 
     return rule
 
 
-def _fold_batch(primitive: Primitive, operands, axes, **parameters):
+def _fold_batch(
+    primitive: Primitive, operands: Sequence[Array], axes: Sequence[int | None], **parameters: Any
+) -> tuple[list[Array], list[int]]:
     """vmap: the mapped axis joins the batch, which leads in every operand and result."""
     mapped = ((x, axis) for x, axis in zip(operands, axes, strict=True) if axis is not None)
     size = next(x.shape[axis] for x, axis in mapped)
@@ -281,17 +294,20 @@ def _fold_batch(primitive: Primitive, operands, axes, **parameters):
     operands = list(map(lead, operands, axes))
     batch = operands[0].shape[1]
     folded = (x.reshape(size * batch, *x.shape[2:]) for x in operands)
-    results = primitive.bind(*folded, **parameters)
+    results = bind(primitive, *folded, **parameters)
     return [x.reshape(size, batch, *x.shape[1:]) for x in results], [0] * len(results)
 
 
 def _define(
-    primitive: Primitive, abstract: Callable, kernels: Callable, reference: Callable
+    primitive: Primitive,
+    abstract: Callable[..., Sequence[ShapedArray]],
+    kernels: Rule,
+    reference: Rule,
 ) -> None:
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
     # Outside jit, a call is a jitted one: compiled once for each shape and spec.
-    primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+    primitive.def_impl(functools.partial(apply_primitive, primitive))
     for platform, reasons in _REASONS.items():
         rule = _lowering(reasons, kernels, reference)
         mlir.register_lowering(primitive, rule, platform=platform)

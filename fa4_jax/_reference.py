@@ -18,17 +18,16 @@ works; reverse-over-reverse raises JAX's own error about loops with dynamic trip
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from fa4_jax._intervals import BROKEN
 from fa4_jax._spec import AttentionSpec
+from fa4_jax._untyped import jit, lax, tree
 from fa4_jax._variants import round_up
 from fa4_jax._varying import match_varying
 
@@ -58,7 +57,7 @@ def warn_fallback(reasons: tuple[str, ...]) -> None:
 def caller_level() -> int:
     """`stacklevel` of the innermost frame that is neither ours nor JAX's: lowering runs deep inside
     JAX."""
-    level, frame = 1, sys._getframe(1)
+    level, frame = 1, sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("fa4_jax", "jax"):
         level, frame = level + 1, frame.f_back
     return level
@@ -82,8 +81,11 @@ class Extras(NamedTuple):
 
 NO_EXTRAS = Extras()
 
+Accumulators = tuple[Array, Array, Array | None]
+"""Of dk, dv and dbias."""
 
-@functools.partial(jax.jit, static_argnums=0)
+
+@jit(static_argnums=0)
 def forward(
     spec: AttentionSpec, q: Array, k: Array, v: Array, extras: Extras = NO_EXTRAS
 ) -> tuple[Array, Array]:
@@ -142,7 +144,7 @@ def forward(
     return blocks.join_rows(out), _join(lse, 3, seqlen_q).reshape(batch, heads, seqlen_q)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@jit(static_argnums=0)
 def backward(
     spec: AttentionSpec,
     operands: tuple[Array, Array, Array],
@@ -160,7 +162,7 @@ def backward(
     )
     (q, k, v), (out, lse), (dout, dlse) = operands, residuals, cotangents
     if is_empty(q, k):
-        zeros = jax.tree.map(jnp.zeros_like, (*operands, extras.bias))
+        zeros = tree.map(jnp.zeros_like, (*operands, extras.bias))
         return match_varying(zeros, like=q)
 
     blocks = _Blocks.of(spec, q, k, v, extras)
@@ -173,13 +175,15 @@ def backward(
     # A row that sees no key has only -inf logits: any finite lse makes its probabilities 0.
     lse = blocks.split_stats(jnp.where(lse == -jnp.inf, 0, lse))
 
-    def block_row(carry, i: Array):
+    def block_row(carry: Accumulators, i: Array) -> tuple[Accumulators, Array]:
         q_i, dout_i = blocks.rows(blocks.q, i), blocks.rows(dout, i)
         lse_i, dpsum_i = (
             lax.dynamic_slice_in_dim(x, i * blocks.tile_m, blocks.tile_m, 3) for x in (lse, dpsum)
         )
 
-        def step(j: Array, carry):
+        def step(
+            j: Array, carry: tuple[Array, Array, Array, Array | None]
+        ) -> tuple[Array, Array, Array, Array | None]:
             dq_i, dk, dv, dbias = carry
             k_j, v_j = blocks.columns(blocks.k, j), blocks.columns(blocks.v, j)
             logits, dcap = blocks.logits(q_i, i, j)
@@ -195,12 +199,13 @@ def backward(
             return dq_i, dk, dv, blocks.add_bias(dbias, i, j, ds)
 
         dq_i = jnp.zeros_like(q_i, blocks.acc_dtype)
-        dq_i, *carry = lax.fori_loop(*blocks.column_range(i), step, (dq_i, *carry))
-        return tuple(carry), (dq_i * spec.softmax_scale).astype(q.dtype)
+        dq_i, dk, dv, dbias = lax.fori_loop(*blocks.column_range(i), step, (dq_i, *carry))
+        return (dk, dv, dbias), (dq_i * spec.softmax_scale).astype(q.dtype)
 
-    accumulators = jax.tree.map(
-        lambda x: jnp.zeros_like(x, blocks.acc_dtype), (blocks.k, blocks.v, blocks.bias)
-    )
+    def zeros_like(x: Array) -> Array:
+        return jnp.zeros_like(x, blocks.acc_dtype)
+
+    accumulators = tree.map(zeros_like, (blocks.k, blocks.v, blocks.bias))
     (dk, dv, dbias), dq = lax.scan(block_row, accumulators, jnp.arange(blocks.num_rows))
     return (
         blocks.join_rows(dq),

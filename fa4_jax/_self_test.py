@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+
+from fa4_jax._untyped import jax_, jit
 
 B, T, S, N, K = 2, 131, 150, 4, 2
 """Batch, odd lengths, query and key/value heads."""
@@ -81,19 +83,21 @@ def run(case: Case, dtype: str, head_dims: tuple[int, int], implementation: str)
     q, k, v, dout = (jnp.asarray(random.standard_normal(shape), dtype) for shape in shapes)
     dlse = jnp.asarray(random.standard_normal((B, N, T)), jnp.float32)
 
-    @jax.jit
-    def forward_backward(q, k, v, dout, dlse):
-        def attend(q, k, v):
+    @jit()
+    def forward_backward(
+        qkv: tuple[Array, Array, Array], cotangents: tuple[Array, Array]
+    ) -> tuple[Array, ...]:
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
             options = dict(case.options)
             return flash_attention(
                 q, k, v, return_lse=True, implementation=implementation, **options
             )
 
-        results, vjp = jax.vjp(attend, q, k, v)
-        return *results, *vjp((dout, dlse))
+        results, vjp = jax_.vjp(attend, *qkv)
+        return *results, *vjp(cotangents)
 
     names = "out", "lse", "dq", "dk", "dv"
-    results = dict(zip(names, forward_backward(q, k, v, dout, dlse), strict=True))
+    results = dict(zip(names, forward_backward((q, k, v), (dout, dlse)), strict=True))
     # By the device: tensor cores cut sums off, which is what errs most in an lse.
     products = jnp.einsum(
         "btkgd,bskd->bkgts", q.reshape(B, T, K, -1, d), k, preferred_element_type=jnp.float32
@@ -185,7 +189,7 @@ def _judge(
     name: str, result: Any, expected: np.ndarray, baseline: np.ndarray
 ) -> Iterator[tuple[str, tuple[float, float]]]:
     """(norm, (error, allowed)) in both norms."""
-    unit = float(jnp.finfo(result.dtype).eps) * _ULPS.get(name, 1)
+    unit = float(cast(Any, jnp.finfo(result.dtype).eps)) * _ULPS.get(name, 1)
     wide = np.asarray(result, np.float64)
     finite = np.isfinite(expected)
     if not np.array_equal(wide[~finite], expected[~finite]):

@@ -27,26 +27,30 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 # What `custom_partitioning` needs of a primitive that lowers to it. There is no public name.
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, xla
+from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fa4_jax._reference import caller_level
+from fa4_jax._untyped import apply_primitive, bind, jax_, lax, lower_fun
 from fa4_jax._varying import match_varying
 
 Axes = tuple[str, ...]
+Names = tuple[str, ...]
+"""Of the `Extras` among a call's operands."""
+Check = Callable[[mlir.LoweringRuleContext, Any], Any]
 
 BATCH, HEADS, KV_HEADS, QUERY_LENGTH = "B", "N", "K", "T"
 _WHOLE = {
@@ -92,7 +96,7 @@ class Op:
         local: Primitive,
         abstract: Callable[..., Sequence[ShapedArray]],
         layout: Callable[[tuple[str, ...]], Layout],
-        checks: Mapping[str | None, Callable],
+        checks: Mapping[str | None, Check],
     ):
         """`local` is the primitive; it runs on one device, with one batch dimension. Its parameters
         are `spec` and `extras`, and `layout` is a function of the latter. `abstract` is its
@@ -101,7 +105,7 @@ class Op:
         well.
         """
         self.local, self.abstract, self.layout, self.checks = local, abstract, layout, checks
-        self._partitioned = custom_partitioning(self._fold, static_argnums=(0, 1))
+        self._partitioned = custom_partitioning(self.fold, static_argnums=(0, 1))
         self._partitioned.def_partition(
             functools.partial(_partition, self),
             decode_shardings=False,
@@ -112,28 +116,28 @@ class Op:
         self.auto, self.explicit = self._define("auto"), self._define("explicit")
         prim_requires_devices_during_lowering.add(self.auto)
 
-    def bind(self, *operands: Array, spec: Any, extras: tuple) -> Sequence[Array]:
+    def bind(self, *operands: Array, spec: Any, extras: Names) -> Sequence[Array]:
         """The call. Programs without devices (on an `AbstractMesh`) lower where no axis is Auto."""
         kinds = _mesh([jax.typeof(x) for x in operands]).axis_types
         if kinds and all(kind == AxisType.Manual for kind in kinds):
-            return self._fold(spec, extras, *operands)
+            return self.fold(spec, extras, *operands)
         is_auto = not kinds or AxisType.Auto in kinds
         primitive = self.auto if is_auto else self.explicit
-        return primitive.bind(*operands, spec=spec, extras=extras)
+        return bind(primitive, *operands, spec=spec, extras=extras)
 
     def _define(self, suffix: str) -> Primitive:
         primitive = Primitive(f"{self.local.name}_{suffix}")
         primitive.multiple_results = True
         primitive.def_abstract_eval(self._result_types)
         # Outside jit, a call is a jitted one: compiled once for each shape and spec.
-        primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
+        primitive.def_impl(functools.partial(apply_primitive, primitive))
         for platform, check in self.checks.items():
             rule = functools.partial(self._lower, check)
             mlir.register_lowering(primitive, rule, platform=platform)
         batching.primitive_batchers[primitive] = functools.partial(_lead_with_mapped, primitive)
         return primitive
 
-    def _result_types(self, *avals: ShapedArray, spec: Any, extras: tuple) -> list[ShapedArray]:
+    def _result_types(self, *avals: ShapedArray, spec: Any, extras: Names) -> list[ShapedArray]:
         lead = avals[0].shape[:-3]
         folded = (typed_like(x, (math.prod(lead), *x.shape[len(lead) :])) for x in avals)
         results = self.abstract(*folded, spec=spec, extras=extras)
@@ -147,35 +151,40 @@ class Op:
         ]
 
     def _lower(
-        self, check: Callable, ctx: mlir.LoweringRuleContext, *operands, spec: Any, extras: tuple
-    ):
+        self,
+        check: Check,
+        ctx: mlir.LoweringRuleContext,
+        *operands: Any,
+        spec: Any,
+        extras: Names,
+    ) -> Any:
         check(ctx, spec)
         module = ctx.module_context
         if AxisType.Explicit in _mesh(ctx.avals_in).axis_types:
-            chosen = self._over_explicit_axes
+            chosen: Any = self._over_explicit_axes
         elif module.lowering_parameters.for_export or not _has_devices(module.axis_context):
-            chosen = self._fold
+            chosen = self.fold
             _warn_of_unpartitioned(module.axis_context)
         else:
             chosen = self._partitioned
-        lower = mlir.lower_fun(functools.partial(chosen, spec, extras), multiple_results=True)
+        lower = lower_fun(functools.partial(chosen, spec, extras), multiple_results=True)
         return lower(ctx, *operands)
 
-    def _fold(self, spec: Any, extras: tuple, *operands: Array) -> tuple[Array, ...]:
+    def fold(self, spec: Any, extras: Names, *operands: Array) -> tuple[Array, ...]:
         """`local`, with the batch dimensions as one."""
         lead = operands[0].shape[:-3]
         folded = (x.reshape(math.prod(lead), *x.shape[len(lead) :]) for x in operands)
-        results = self.local.bind(*folded, spec=spec, extras=extras)
+        results = bind(self.local, *folded, spec=spec, extras=extras)
         return tuple(x.reshape(*lead, *x.shape[1:]) for x in results)
 
-    def _over_explicit_axes(self, spec: Any, extras: tuple, *operands: Array) -> tuple[Array, ...]:
+    def _over_explicit_axes(self, spec: Any, extras: Names, *operands: Array) -> tuple[Array, ...]:
         layout = self.layout(extras)
         placement = _Explicit.of(layout, [jax.typeof(x) for x in operands])
         assert placement
         mesh, split = placement.mesh, placement.split
 
         def put(x: Array, spec: P) -> Array:
-            return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+            return jax_.sharding.reshard(x, NamedSharding(mesh, spec))
 
         in_specs = tuple(map(split.spec, layout.operands))
 
@@ -215,7 +224,9 @@ def check_varying(name: str, *avals: ShapedArray) -> None:
         raise ValueError(f"fa4_jax: operands of {name} vary over different mesh axes: {avals}")
 
 
-def _lead_with_mapped(primitive: Primitive, operands, axes, **parameters):
+def _lead_with_mapped(
+    primitive: Primitive, operands: Sequence[Array], axes: Sequence[int | None], **parameters: Any
+) -> tuple[Sequence[Array], list[int]]:
     """vmap: the mapped axis is one more batch dimension, the first."""
     mapped = ((x, axis) for x, axis in zip(operands, axes, strict=True) if axis is not None)
     like, like_axis = next(mapped)
@@ -229,7 +240,7 @@ def _lead_with_mapped(primitive: Primitive, operands, axes, **parameters):
         to = NamedSharding(sharding.mesh, spec) if is_explicit else None
         return lax.broadcast(x, (size,), out_sharding=to)
 
-    results = primitive.bind(*map(lead, operands, axes), **parameters)
+    results = bind(primitive, *map(lead, operands, axes), **parameters)
     return results, [0] * len(results)
 
 
@@ -338,7 +349,11 @@ def _dividing(size: int, axes: Sequence[str], mesh_shape: Mapping[str, int]) -> 
 
 
 def _local(
-    function: Callable, layout: Layout, split: _Split, ratio: int, *operands: Array
+    function: Callable[..., Sequence[Array]],
+    layout: Layout,
+    split: _Split,
+    ratio: int,
+    *operands: Array,
 ) -> tuple[Array, ...]:
     """`function` of what a device has; there are `ratio` query heads to each key/value head.
 
@@ -435,7 +450,7 @@ def _axes(entry: Any) -> Axes:
     """Of one entry of a PartitionSpec."""
     if entry is None:
         return ()
-    return entry if isinstance(entry, tuple) else (entry,)
+    return cast(Axes, entry) if isinstance(entry, tuple) else (entry,)
 
 
 # --- Auto axes.
@@ -459,7 +474,7 @@ def _warn_of_unpartitioned(axis_context: Any) -> None:
 
 
 def _shardy_rule(
-    op: Op, spec: Any, extras: tuple, mesh: Mesh, operands, results
+    op: Op, spec: Any, extras: Names, mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]
 ) -> tuple[str, dict[str, Any]]:
     """Which dimensions are one factor: each of the batch, key/value heads `k`, and the query heads
     `n` of each of these."""
@@ -482,7 +497,9 @@ def _shardy_rule(
     return f"{text(layout.operands)} -> {text(layout.results)}", options
 
 
-def _partition(op: Op, spec: Any, extras: tuple, mesh: Mesh, operands, results):
+def _partition(
+    op: Op, spec: Any, extras: Names, mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]
+) -> tuple[Mesh, Callable[..., tuple[Array, ...]], Any, Any]:
     """`custom_partitioning`'s callback: a device's program, and what it has of each array.
 
     Propagation may split by parts of mesh axes. So here an axis is a prime factor of a mesh axis,
@@ -513,7 +530,7 @@ def _partition(op: Op, spec: Any, extras: tuple, mesh: Mesh, operands, results):
     def function(*operands: Array) -> tuple[Array, ...]:
         # The caller's mesh, in whose context compilation may run, has nothing to say here.
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            fold = functools.partial(op._fold, spec, extras)
+            fold = functools.partial(op.fold, spec, extras)
             return _local(fold, layout, split, heads[0] // heads[1], *operands)
 
     return mesh, function, shardings(layout.results), shardings(layout.operands)

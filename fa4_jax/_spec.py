@@ -6,13 +6,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 from jax.core import Tracer
 
 TOP_LEFT = "top_left"
 BOTTOM_RIGHT = "bottom_right"
+
+Window = tuple[int | None, int | None]
+"""(left, right), None for unbounded"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,10 @@ def normalise_window(
     expected = "a pair (left, right) of static ints >= 0 or None for unbounded"
     if not isinstance(window_size, (tuple, list)):
         raise TypeError(message(name, _describe(window_size), expected))
-    if len(window_size) != 2:
-        raise ValueError(message(name, f"{len(window_size)} entries", expected))
-    left, right = (_window_side(side, f"{name}[{i}]") for i, side in enumerate(window_size))
+    sides = cast(Sequence[Any], window_size)
+    if len(sides) != 2:
+        raise ValueError(message(name, f"{len(sides)} entries", expected))
+    left, right = (_window_side(side, f"{name}[{i}]") for i, side in enumerate(sides))
     return left, 0 if causal else right
 
 
@@ -105,11 +110,14 @@ def normalise_softcap(softcap: Any) -> float | None:
     return softcap
 
 
+_NUMBERS: tuple[type[Any], ...] = (int, float, np.integer, np.floating)
+
+
 def static_number(value: Any, name: str) -> float:
     """`value` as a Python float that is finite in float32, which is how kernels receive it."""
     refuse_traced(value, name)
-    is_number = isinstance(value, (int, float, np.integer, np.floating))
-    is_scalar = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "fiu"
+    is_number = isinstance(value, _NUMBERS)
+    is_scalar = is_numpy(value) and value.ndim == 0 and value.dtype.kind in "fiu"
     if isinstance(value, bool) or not (is_number or is_scalar):
         raise TypeError(
             message(name, _describe(value), "a Python or NumPy number", "convert with float()")
@@ -124,10 +132,13 @@ def static_number(value: Any, name: str) -> float:
     return value
 
 
+_BOOLS: tuple[type[Any], ...] = (bool, np.bool_)
+
+
 def static_flag(value: Any, name: str) -> bool:
     """`value` as a Python bool; nothing else is taken for one."""
     refuse_traced(value, name)
-    if not isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, _BOOLS):
         raise TypeError(message(name, _describe(value), "True or False"))
     return bool(value)
 
@@ -137,6 +148,11 @@ def one_of(value: Any, choices: tuple[Any, ...], name: str) -> Any:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(message(name, repr(value), f"one of {', '.join(map(repr, choices))}"))
     return value
+
+
+def is_numpy(value: object) -> TypeGuard[np.ndarray]:
+    """Whether it is a NumPy array."""
+    return isinstance(value, np.ndarray)
 
 
 def refuse_traced(value: Any, name: str) -> None:

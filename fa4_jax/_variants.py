@@ -593,7 +593,7 @@ def support_table() -> str:
     """The README's table, in Markdown: head dims that run forward, and with a gradient, by chip."""
 
     def head_dims(arch: Arch, dtype: DType, kernels: Iterable[Kernel]) -> str:
-        rows = [
+        rows: list[set[tuple[int, int]]] = [
             {
                 (v.head_dim, v.head_dim_v)
                 for v in VARIANTS
@@ -601,7 +601,7 @@ def support_table() -> str:
             }
             for kernel in kernels
         ]
-        pairs = sorted(set.intersection(*rows))
+        pairs = sorted(pair for pair in rows[0] if all(pair in other for other in rows))
         return ", ".join(str(qk) if qk == v else f"{qk}/{v}" for qk, v in pairs) or "none"
 
     lines = [

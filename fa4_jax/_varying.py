@@ -12,10 +12,13 @@ from typing import TypeVar
 
 import jax
 
+from fa4_jax._untyped import lax
+from fa4_jax._untyped import tree as untyped_tree
+
 Tree = TypeVar("Tree")
 
 
-def varying_axes(x: jax.Array) -> frozenset:
+def varying_axes(x: jax.Array) -> frozenset[str]:
     """Mesh axes over which `x` varies; empty outside `shard_map` and with `check_vma=False`."""
     return jax.typeof(x).manual_axis_type.varying
 
@@ -26,11 +29,11 @@ def match_varying(tree: Tree, like: object = None) -> Tree:
     The cast moves no data. Its transpose is a sum over the added axes, so the gradient of an
     operand that is replicated comes out summed, as it must.
     """
-    leaves = jax.tree.leaves((tree, like))
-    union = frozenset().union(*map(varying_axes, leaves))
+    leaves: list[jax.Array] = untyped_tree.leaves((tree, like))
+    union = frozenset[str]().union(*map(varying_axes, leaves))
 
     def cast(x: jax.Array) -> jax.Array:
         missing = tuple(sorted(union - varying_axes(x), key=str))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        return lax.pcast(x, missing, to="varying") if missing else x
 
-    return jax.tree.map(cast, tree) if union else tree
+    return untyped_tree.map(cast, tree) if union else tree

@@ -57,6 +57,7 @@ import csv
 import dataclasses
 import fnmatch
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -66,14 +67,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.extend.random
 import jax.numpy as jnp
+from jax import Array
 
 from fa4_jax import _plots, doctor
 from fa4_jax._presets import PRESETS
+from fa4_jax._untyped import jax_, jit, tree
 
 IMPLEMENTATIONS = ("fa4", "cudnn", "xla", "reference", "tokamax", "flash-attn-4")
 # What --pass can name, and the programs it takes.
@@ -209,7 +212,7 @@ class Measurement:
     difference: float = math.nan
     """Largest relative L2 distance of a result to the first implementation's."""
     calls_per_round: int = 0
-    samples: list[float] = dataclasses.field(default_factory=list)
+    samples: list[float] = dataclasses.field(default_factory=list[float])
     """Milliseconds per call, one for each round."""
 
     @property
@@ -255,14 +258,14 @@ class Program:
     """A compiled function and the argument sets it is timed on."""
 
     def __init__(self, function: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]]):
-        self.function = jax.jit(function)
-        self.argument_sets = argument_sets
+        self.function: Callable[..., Any] = jax_.jit(function)
+        self.argument_sets: Sequence[tuple[Any, ...]] = argument_sets
         # The CPU backend may run several enqueued calls at once, which isn't what we time.
         self.wait_for_each = jax.default_backend() == "cpu"
 
     def __call__(self) -> Any:
         """Results for the first argument set."""
-        return jax.block_until_ready(self.function(*self.argument_sets[0]))
+        return jax_.block_until_ready(self.function(*self.argument_sets[0]))
 
     def milliseconds(self, calls: int) -> float:
         """Time per call of `calls` calls enqueued back to back."""
@@ -272,8 +275,8 @@ class Program:
         for argument_set in arguments:
             result = self.function(*argument_set)
             if self.wait_for_each:
-                jax.block_until_ready(result)
-        jax.block_until_ready(result)
+                jax_.block_until_ready(result)
+        jax_.block_until_ready(result)
         return (time.perf_counter() - start) * 1e3 / calls
 
 
@@ -283,46 +286,54 @@ class TorchProgram(Program):
     def __init__(self, timed: str, case: Case, input_sets: list[Arrays]):
         if case.mask == "packed":
             raise NotImplementedError("packed sequences aren't timed with flash-attn-4")
-        import torch  # pyright: ignore[reportMissingImports]
-        from flash_attn.cute import flash_attn_func  # pyright: ignore[reportMissingImports]
-
+        torch: Any = importlib.import_module("torch")
+        flash_attn: Any = importlib.import_module("flash_attn.cute")
         limits: dict[str, Any] = (
             {"window_size": (case.keys - 1, 0)} if case.mask == "window" else {}
         )
         if case.softcap:
             limits["softcap"] = case.softcap
 
-        def attend(q, k, v):
-            out = flash_attn_func(q, k, v, causal=case.mask != "full", **limits)
-            return out[0] if isinstance(out, tuple) else out
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            out: Any = flash_attn.flash_attn_func(q, k, v, causal=case.mask != "full", **limits)
+            return cast(Any, out)[0] if isinstance(out, tuple) else out
 
-        def gradients(out, qkv, dout):
+        def forward(q: Any, k: Any, v: Any, dout: Any) -> Any:
+            del dout
+            return attend(q, k, v)
+
+        def gradients(out: Any, qkv: tuple[Any, ...], dout: Any) -> Any:
             return torch.autograd.grad(out, qkv, dout, retain_graph=timed == "bwd_direct")
 
-        def forward_backward(q, k, v, dout):
+        def forward_backward(q: Any, k: Any, v: Any, dout: Any) -> tuple[Any, Any]:
             out = attend(q, k, v)
             return out, gradients(out, (q, k, v), dout)
 
-        functions = {
-            "fwd": lambda q, k, v, dout: attend(q, k, v),
+        functions: dict[str, Callable[..., Any]] = {
+            "fwd": forward,
             "fwd_bwd": forward_backward,
             "bwd_direct": gradients,
         }
         self.function = functions[timed]
         self.synchronize = torch.cuda.synchronize
-        jax.block_until_ready(input_sets)
-        self.argument_sets = []
+        jax_.block_until_ready(input_sets)
+        argument_sets: list[tuple[Any, ...]] = []
         for arrays in input_sets:
             q, k, v, dout = (torch.from_dlpack(x) for x in arrays)
             qkv = tuple(x.requires_grad_(timed != "fwd") for x in (q, k, v))
             direct = timed == "bwd_direct"
-            self.argument_sets.append((attend(*qkv), qkv, dout) if direct else (*qkv, dout))
+            argument_sets.append((attend(*qkv), qkv, dout) if direct else (*qkv, dout))
+        self.argument_sets = argument_sets
 
     def __call__(self) -> Any:
         """Results for the first argument set, as JAX's arrays."""
         results = self.function(*self.argument_sets[0])
         self.synchronize()
-        return jax.tree.map(lambda x: jnp.from_dlpack(x.detach()), results)
+
+        def as_jax(x: Any) -> jax.Array:
+            return jnp.from_dlpack(x.detach())
+
+        return tree.map(as_jax, results)
 
     def milliseconds(self, calls: int) -> float:
         start = time.perf_counter()
@@ -340,7 +351,7 @@ def attention(implementation: str, case: Case) -> Attention:
     if implementation in ("fa4", "reference"):
         from fa4_jax import flash_attention, flash_attention_varlen
 
-        attend = flash_attention_varlen if packed else flash_attention
+        attend: Any = flash_attention_varlen if packed else flash_attention
         limits |= {"window_size": window} if window else {}
         limits |= {"softcap": case.softcap} if case.softcap else {}
         return functools.partial(attend, causal=causal, implementation=implementation, **limits)
@@ -348,14 +359,13 @@ def attention(implementation: str, case: Case) -> Attention:
         raise NotImplementedError(f"{implementation} has no packed sequences")
     limits |= {"local_window_size": window} if window else {}
     if implementation == "tokamax":  # its own choice of tiles; on Hopper, Pallas for Mosaic GPU
-        import tokamax  # pyright: ignore[reportMissingImports]
-
-        attend, implementation = tokamax.dot_product_attention, "mosaic"
+        attend = importlib.import_module("tokamax").dot_product_attention
+        implementation = "mosaic"
         limits |= {"logits_soft_cap": case.softcap} if case.softcap else {}
     elif case.softcap:
         raise NotImplementedError(f"{implementation} has no softcap")
     else:
-        attend: Any = jax.nn.dot_product_attention
+        attend = jax.nn.dot_product_attention
     return functools.partial(attend, is_causal=causal, implementation=implementation, **limits)
 
 
@@ -365,34 +375,48 @@ def build(timed: str, implementation: str, case: Case, input_sets: list[Arrays])
         return TorchProgram(timed, case, input_sets)
     attend = attention(implementation, case)
 
-    def forward(q, k, v, dout, *limits):
+    def forward(q: Array, k: Array, v: Array, dout: Array, *limits: Array) -> Array:
+        del dout
         return attend(q, k, v, *limits)
 
-    def linearize(q, k, v, *limits):
-        return jax.vjp(lambda q, k, v: attend(q, k, v, *limits), q, k, v)
+    def linearize(q: Array, k: Array, v: Array, *limits: Array) -> tuple[Array, Any]:
+        def of_limits(q: Array, k: Array, v: Array) -> Array:
+            return attend(q, k, v, *limits)
 
-    def forward_backward(q, k, v, dout, *limits):
+        return jax_.vjp(of_limits, q, k, v)
+
+    def residuals(q: Array, k: Array, v: Array, *limits: Array) -> Any:
+        return linearize(q, k, v, *limits)[1]
+
+    def forward_backward(
+        q: Array, k: Array, v: Array, dout: Array, *limits: Array
+    ) -> tuple[Array, Any]:
         out, vjp = linearize(q, k, v, *limits)
         return out, vjp(dout)
+
+    def backward(vjp: Any, dout: Array) -> Any:
+        return vjp(dout)
 
     if timed == "fwd":
         return Program(forward, input_sets)
     if timed == "fwd_bwd":
         return Program(forward_backward, input_sets)
     # A vjp function is a pytree of residuals, so one program can return it and another take it.
-    residuals = jax.jit(lambda *operands: linearize(*operands)[1])
-    argument_sets = [(residuals(q, k, v, *limits), dout) for q, k, v, dout, *limits in input_sets]
-    return Program(lambda vjp, dout: vjp(dout), argument_sets)
+    jitted = jit()(residuals)
+    argument_sets = [(jitted(q, k, v, *limits), dout) for q, k, v, dout, *limits in input_sets]
+    return Program(backward, argument_sets)
 
 
 def relative_difference(results: Any, expected: Any) -> float:
     """Largest relative L2 distance between the arrays of two results; NaN if one has a NaN."""
 
+    norm = jax_.numpy.linalg.norm
+
     def distance(a: jax.Array, b: jax.Array) -> float:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()))
+        return float(norm((a - b).ravel()) / norm(b.ravel()))
 
-    distances = jax.tree.leaves(jax.tree.map(distance, results, expected))
+    distances = tree.leaves(tree.map(distance, results, expected))
     return math.nan if any(map(math.isnan, distances)) else max(distances)
 
 
@@ -413,8 +437,13 @@ class Harness:
         self.options = options
         self.bar = bar
         self.deadline = time.monotonic() + options.max_seconds
+
         # JAX hands an argument that is returned as it is back without running anything.
-        tiny = Program(lambda q, k, v, dout: q + 1, [(jnp.zeros(1),) * 4])
+        def add(q: Array, k: Array, v: Array, dout: Array) -> Array:
+            del k, v, dout
+            return q + 1
+
+        tiny = Program(add, [(jnp.zeros(1),) * 4])
         tiny()
         self.dispatch_ms = min(tiny.milliseconds(500) for _ in range(3))
 
@@ -437,7 +466,7 @@ class Harness:
             for timed in PASSES
             for implementation in self.options.impl
         }
-        needed = set().union(*(PASSES[timed] for timed in self.options.passes))
+        needed = set[str]().union(*(PASSES[timed] for timed in self.options.passes))
         running = self.prepare([m for m in measurements.values() if m.timed in needed])
         self.time(case, running)
         if "bwd" in self.options.passes:
@@ -449,10 +478,13 @@ class Harness:
     def prepare(self, measurements: list[Measurement]) -> list[tuple[Measurement, Program]]:
         """Compile, check and warm up; those that can't be timed get their reason."""
         case = measurements[0].case
-        set_bytes = sum(x.size * x.dtype.itemsize for x in jax.eval_shape(lambda: case.inputs(0)))
+        set_bytes = sum(
+            x.size * x.dtype.itemsize for x in jax_.eval_shape(functools.partial(case.inputs, 0))
+        )
         sets = min(MAX_INPUT_SETS, math.ceil(CACHE_BYTES / set_bytes))
         expected: dict[str, Any] = {}
-        running, input_sets = [], []
+        running: list[tuple[Measurement, Program]] = []
+        input_sets: list[Arrays] = []
         for measurement in measurements:
             implementation, timed = measurement.implementation, measurement.timed
             measurement.reason = self.skip_reason(case, implementation)
@@ -520,26 +552,26 @@ def host_cost(attend: Attention, rounds: int) -> dict[str, dict[str, float]]:
     def words(size: int) -> Arrays:
         return tuple(jnp.ones(size, jnp.uint32) for _ in range(4))
 
-    programs = {
+    programs: dict[str, tuple[Any, Callable[[int], Arrays]]] = {
         "trivial": (jax.jit(jax.extend.random.threefry2x32_p.bind), words),
         "forward": (jax.jit(attend), queries),
         "eager": (attend, queries),
     }
-    calls = {name: [] for name in programs}
-    firsts = {name: [] for name in programs}
+    calls: dict[str, list[float]] = {name: [] for name in programs}
+    firsts: dict[str, list[float]] = {name: [] for name in programs}
     for i in range(-1, rounds):
         for name, (function, make) in programs.items():
-            arguments = jax.block_until_ready(make(64 + i))
+            arguments = jax_.block_until_ready(make(64 + i))
             start = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
+            jax_.block_until_ready(function(*arguments))
             first = time.perf_counter() - start
             results = [function(*arguments) for _ in range(HOST_CALLS)]
-            jax.block_until_ready(results)
+            jax_.block_until_ready(results)
             start = time.perf_counter()
             for _ in range(HOST_CALLS):
                 function(*arguments)
             microseconds = (time.perf_counter() - start) * 1e6 / HOST_CALLS
-            jax.block_until_ready(function(*arguments))
+            jax_.block_until_ready(function(*arguments))
             if i >= 0:  # the round before warms up: it loads a library and a kernel
                 firsts[name].append(first)
                 calls[name].append(microseconds)
@@ -606,7 +638,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
     full = [line for line in lines if len(line) == len(lines[0])]
     widths = [max(len(line[i]) for line in (lines if i < 3 else full)) for i in range(7)]
-    text = []
+    text: list[str] = []
     for line in lines:
         cells = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
         if line in full:
@@ -643,11 +675,13 @@ def commit() -> str | None:
         return None
 
 
-def comma_list(kind: Callable[[str], Any], choices: Iterable[str] = ()) -> Callable[[str], list]:
+def comma_list(
+    kind: Callable[[str], Any], choices: Iterable[str] = ()
+) -> Callable[[str], list[Any]]:
     """An argparse type: `a,b` of `kind`, each one of `choices` if there are any."""
     choices = tuple(choices)
 
-    def parse(text: str) -> list:
+    def parse(text: str) -> list[Any]:
         values = [kind(part.strip()) for part in text.split(",") if part.strip()]
         wrong = [value for value in values if choices and value not in choices]
         if wrong or not values:
@@ -710,7 +744,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     presets = [Case(**sizes, model=model) for model in options.preset for sizes in PRESETS[model]]
     if presets:
         return list(filter(chosen, presets))
-    found = []
+    found: list[Case] = []
     for head_dim, seqlen, mask, dtype in itertools.product(
         options.head_dim, options.seqlen, options.mask, options.dtype
     ):
@@ -729,7 +763,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def save(
-    options: argparse.Namespace, environment: dict, dispatch_ms: float, rows: list[dict]
+    options: argparse.Namespace,
+    environment: dict[str, Any],
+    dispatch_ms: float,
+    rows: list[dict[str, Any]],
 ) -> None:
     """What has been measured so far, to --csv and --json: a run that is cut short loses nothing."""
     if options.csv:
@@ -768,7 +805,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         return 0 if good else 1
     bar = progress_bar(len(chosen))
-    harness, rows = Harness(options, bar), []
+    harness = Harness(options, bar)
+    rows: list[dict[str, Any]] = []
     for case in chosen:
         rows += [m.row(harness.dispatch_ms) for m in harness.measure(case)]
         save(options, environment, harness.dispatch_ms, rows)

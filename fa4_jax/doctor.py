@@ -95,9 +95,9 @@ def driver() -> str | None:
 
 def devices() -> dict[str, Any]:
     """What JAX computes on."""
-    import jax
+    from fa4_jax._untyped import jax_
 
-    local = jax.local_devices()
+    local = jax_.local_devices()
     capabilities = sorted({getattr(device, "compute_capability", None) or "" for device in local})
     return {
         "device": local[0].device_kind,
@@ -327,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = versions()
     if not options.json:
         print("\n".join(f"{'':8} {name:12} {text}" for name, text in found.items()))
-    checks = []
+    checks: list[Check] = []
     for check in examine():
         checks.append(check)
         if not options.json:

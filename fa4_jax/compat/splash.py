@@ -23,7 +23,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from jax.typing import ArrayLike
 from fa4_jax import _api
 from fa4_jax._autodiff import CHECKPOINT_NAME
 from fa4_jax._spec import message, static_flag, static_number
+from fa4_jax._untyped import jax_
 from fa4_jax.compat._common import note_ignored, refuse
 
 DEFAULT_MASK_VALUE = -0.7 * float(np.finfo(np.float32).max)
@@ -132,14 +133,14 @@ def _rows(shape: tuple[int, int], lower: int | None, upper: int | None) -> Inter
     """The interval of keys i + lower <= j <= i + upper, None for unbounded."""
     seqlen_q, seqlen_k = shape
     rows = np.arange(seqlen_q, dtype=np.int64)
-    start = np.zeros_like(rows) if lower is None else np.clip(rows + lower, 0, seqlen_k)
-    end = rows * 0 + seqlen_k if upper is None else np.clip(rows + upper + 1, 0, seqlen_k)
+    start: Any = rows * 0 if lower is None else np.clip(rows + lower, 0, seqlen_k)
+    end: Any = rows * 0 + seqlen_k if upper is None else np.clip(rows + upper + 1, 0, seqlen_k)
     return start.astype(np.int32), np.maximum(start, end).astype(np.int32)
 
 
 def _check_shape(shape: Any, shard_count: int = 1) -> None:
-    if not (isinstance(shape, tuple) and len(shape) == 2):
-        raise ValueError(message("shape", shape, "(query length, key length)"))
+    if not (isinstance(shape, tuple) and len(cast(tuple[Any, ...], shape)) == 2):
+        raise ValueError(message("shape", cast(object, shape), "(query length, key length)"))
     if shard_count < 1 or shape[0] % shard_count**2:
         expected = f"a number whose square divides the query length {shape[0]}"
         raise ValueError(message("shard_count", shard_count, expected))
@@ -297,11 +298,12 @@ class NumpyMask(Mask):
 
 def _interval_of(array: np.ndarray) -> Interval:
     """The interval of each row of bools [T, S]."""
-    count = array.sum(-1)
-    start = array.argmax(-1) if array.shape[-1] else count
+    dense = cast(Any, array)
+    count = dense.sum(-1)
+    start = dense.argmax(-1) if dense.shape[-1] else count
     end = start + count
-    keys = np.arange(array.shape[-1])
-    broken = (array != ((keys >= start[:, None]) & (keys < end[:, None]))).any(-1)
+    keys = cast(Any, np.arange(array.shape[-1]))
+    broken = (dense != ((keys >= start[:, None]) & (keys < end[:, None]))).any(-1)
     if broken.any():
         row = int(broken.argmax())
         refuse(
@@ -481,9 +483,11 @@ class SplashAttentionKernel:
         heads = q.shape[0]
         k, v = (jnp.repeat(x, heads // x.shape[0], 0) for x in (k, v))
 
-        def one(q, k, v, kv_start, kv_end, sinks):
+        def one(
+            qkv: list[Array], kv_start: Array, kv_end: Array, sinks: Array | None
+        ) -> tuple[Array, Array]:
             limits = {"kv_start": kv_start, "kv_end": kv_end, "sinks": sinks}
-            plan = _api.check(q[:, None], k[:, None], v[:, None], **limits, **options)
+            plan = _api.check(*(x[:, None] for x in qkv), **limits, **options)
             out, lse = plan.run()
             return out[:, 0], lse[0]
 
@@ -492,8 +496,9 @@ class SplashAttentionKernel:
             if of_heads.shape != (heads,):
                 raise ValueError(message("sinks", f"shape {of_heads.shape}", f"shape ({heads},)"))
             of_heads = of_heads[:, None]
-        kv_start, kv_end = self.bounds or (None, None)
-        return jax.vmap(one)(q, k, v, kv_start, kv_end, of_heads)
+        assert self.bounds
+        kv_start, kv_end = self.bounds
+        return jax_.vmap(one)([q, k, v], kv_start, kv_end, of_heads)
 
     def _check(self, q: Array, k: Array, v: Array) -> None:
         """That the mask is about these shapes; the rest is `_api`'s."""

@@ -105,7 +105,7 @@ def flash_attention(  # noqa: PLR0913 - JAX's arguments
         refuse("debug", True, "False", "look at the lowered program instead")
     if block_sizes is not None:
         note_ignored("flash_attention: block_sizes", "the kernels choose their own tiles")
-    operands = {}
+    operands: dict[str, jax.Array] = {}
     for name, x in (("q", q), ("k", k), ("v", v)):
         x = _api.as_array(name, x)
         if x.ndim != 4:
