@@ -396,12 +396,15 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+_NO_OTHERS: Mapping[int | tuple[int, int], Tiles] = MappingProxyType({})
+
+
 def grid(
     kernel: Kernel,
     arch: Arch,
     tiles: Mapping[int | tuple[int, int], Tiles],
     dtypes: Iterable[DType] = (DType.bf16, DType.f16),
-    without_features: Mapping[int | tuple[int, int], Tiles] = MappingProxyType({}),
+    without_features: Mapping[int | tuple[int, int], Tiles] = _NO_OTHERS,
 ) -> Iterator[Variant]:
     """Rows for every set of features, dtype and head dim of `tiles`: of q and v alike, or a pair
     (q, v). `without_features` are tiles of head dims where rows without features have others."""
@@ -530,7 +533,7 @@ _FORWARD_SM100_PAIRS: Mapping[int | tuple[int, int], Tiles] = {
 # Blackwell's in float16, the same but for conversions, would make the tests 5 minutes longer.
 _BACKWARD = (
     (Arch.sm90a, _BACKWARD_SM90, _BACKWARD_SM90_BAND, (DType.bf16, DType.f16)),
-    (Arch.sm100a, _BACKWARD_SM100, {}, (DType.bf16,)),
+    (Arch.sm100a, _BACKWARD_SM100, _NO_OTHERS, (DType.bf16,)),
 )
 
 
